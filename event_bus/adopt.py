@@ -1,0 +1,84 @@
+"""Adoption: the broker takes in what dead processes left in the spool directory."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from pathlib import Path
+
+from event_bus.intake import Intake
+
+log = logging.getLogger(__name__)
+
+CHUNK_BYTES = 1 << 20
+
+
+class SpoolAdopter:
+    """Reads spool files that nobody holds the lock of, chunk by chunk, and removes them.
+
+    `feed` gives a chunk to the intake; `done` after the commit, or `rewind` when it failed.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._fd = -1
+        self._path = directory
+        self._offset = 0
+        self._fed = 0
+
+    @property
+    def pending(self) -> bool:
+        return self._fd >= 0
+
+    def look(self) -> None:
+        """Take hold of one spool file whose process is gone, if there is one."""
+        if self._fd >= 0:
+            return
+        for path in sorted(self._directory.glob("*.ndjson")):
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            except OSError as e:
+                log.warning("cannot adopt %s: %s", path, e.strerror)
+                continue
+            try:
+                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(fd)  # its process is alive and delivers it
+                continue
+            if os.fstat(fd).st_size == 0:
+                path.unlink(missing_ok=True)
+                os.close(fd)
+                continue
+            log.info("adopting %s", path)
+            self._fd, self._path, self._offset, self._fed = fd, path, 0, 0
+            return
+
+    def feed(self, intake: Intake, max_bytes: int) -> None:
+        """Give the next chunk to the intake, unless its group is large already."""
+        if self._fd < 0 or intake.pending_bytes >= max_bytes:
+            return
+        chunk = os.pread(self._fd, CHUNK_BYTES, self._offset)
+        end = chunk.rfind(b"\n") + 1
+        if not end:  # one line longer than a chunk, or a last line cut short by a crash
+            chunk = os.pread(self._fd, 8 * CHUNK_BYTES, self._offset)
+            end = chunk.find(b"\n") + 1 or len(chunk)
+        if chunk:
+            self._fed = end
+            intake.take(chunk[:end])
+
+    def done(self) -> None:
+        """The fed chunk is on disk in the journal."""
+        if self._fd < 0:
+            return
+        self._offset += self._fed
+        self._fed = 0
+        if self._offset >= os.fstat(self._fd).st_size:
+            self._path.unlink(missing_ok=True)
+            os.close(self._fd)
+            self._fd = -1
+            self.look()
+
+    def rewind(self) -> None:
+        """The fed chunk is not in the journal: it will be fed again."""
+        self._fed = 0

@@ -1,0 +1,461 @@
+"""The broker: one thread, one loop, one owner of every socket.
+
+A turn of the loop drains what has arrived, validates it, commits it to the journal once, and
+only then publishes and acknowledges it. Under load the groups grow by themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import psutil
+import zmq
+
+from event_bus import envelope, protocol
+from event_bus.adopt import SpoolAdopter
+from event_bus.envelope import Envelope
+from event_bus.errors import JournalError, JournalFull, StartError
+from event_bus.event_schema import TOPIC_PREFIX, Registry
+from event_bus.intake import SOURCE, Committed, Intake, Receipt
+from event_bus.journal import Journal
+from event_bus.lock import FileLock
+from event_bus.protocol import BatchHead, ErrorReply, FetchReply, FetchRequest
+from event_bus.settings import Settings
+from event_bus.version import __version__
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 1.0
+HEALTH_S = 30.0
+HOUSEKEEPING_S = 5.0
+MAX_GROUP_BYTES = 2 << 20
+MAX_GROUP_MESSAGES = 512
+MAX_WAITING_FETCHES = 10_000
+MAX_WAIT_MS = 30_000
+MAX_REPLY_BYTES = 4 << 20
+SUBSCRIBER_HIGH_WATER_MARK = 20_000
+
+_decode_fetch = msgspec.json.Decoder(FetchRequest).decode
+_encode = msgspec.json.Encoder().encode
+
+
+class _Waiting(msgspec.Struct):
+    """A fetch that waits for its first event."""
+
+    route: list[bytes]
+    from_seq: int
+    max_bytes: int
+    deadline: float
+
+
+class Broker:
+    """Binds both ports and takes the home's lock; `run` serves until `stop`.
+
+    Raises StartError, SettingsError or JournalError before anything is served. `clock` gives Unix
+    seconds, `monotonic` the seconds that deadlines are counted in.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.settings = settings
+        self._clock = clock
+        self._monotonic = monotonic
+        settings.make_home()
+        self._lock = FileLock(settings.home / "bus.lock", "an event bus")
+        self.registry = Registry(settings.schemas)
+        self.registry.verify()
+        for problem in self.registry.problems:
+            log.error("left out: %s", problem)
+        self.journal = Journal(settings.journal)
+        self.intake = Intake(self.journal, self.registry, clock)
+        self._adopter = SpoolAdopter(settings.spool)
+        self._consumers = self.journal.consumers()
+        self._saved_consumers = dict(self._consumers)
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, 65_000)
+        self._ingress = self._bind(zmq.ROUTER, settings.ingress_url, "ingress_url")
+        self._events = self._bind(zmq.XPUB, settings.events_url, "events_url")
+        self.ingress_url = self._ingress.last_endpoint.decode()
+        self.events_url = self._events.last_endpoint.decode()
+        self._wake_receive, self._wake_send = socket.socketpair()
+        self._wake_send.setblocking(False)
+        self._poller = zmq.Poller()
+        for source in (self._ingress, self._events, self._wake_receive):
+            self._poller.register(source, zmq.POLLIN)
+        self._stopping = False
+        self._started = monotonic()
+        self._process = psutil.Process()
+        self._process.cpu_percent()
+        self._subscriptions: set[bytes] = set()
+        self._wanted: dict[str, bool] = {}
+        self._receipts: list[tuple[list[bytes], Receipt]] = []
+        self._waiting: dict[bytes, _Waiting] = {}
+        self._heartbeat_due = self._health_due = self._housekeeping_due = monotonic()
+        self._storage_full_since: float | None = None
+
+    def _bind(self, kind: int, url: str, setting: str) -> zmq.Socket[Any]:
+        sock = self._context.socket(kind)
+        sock.linger = 500
+        if kind == zmq.XPUB:
+            sock.sndhwm = SUBSCRIBER_HIGH_WATER_MARK
+        else:
+            sock.maxmsgsize = protocol.MAX_MESSAGE_BYTES
+        try:
+            sock.bind(url)
+        except zmq.ZMQError as e:
+            sock.close()
+            raise StartError(
+                f"cannot listen on {url}: {e.strerror}{_port_owner(url)}",
+                hint=f"stop what listens there or set BITTEN_{setting.upper()}",
+            ) from e
+        return sock
+
+    def stop(self) -> None:
+        """Make `run` return after its turn; may be called from a signal handler or any thread."""
+        self._stopping = True
+        self._wake_send.send(b"\0")
+
+    @property
+    def wake_fd(self) -> int:
+        """A descriptor for `signal.set_wakeup_fd`: whatever is written to it ends the wait."""
+        return self._wake_send.fileno()
+
+    def run(self) -> None:
+        """Serve until `stop`. Raises JournalError when the journal cannot be trusted any more."""
+        try:
+            while not self._stopping:
+                self._turn()
+            self._turn()  # what has arrived by now is still taken in and acknowledged
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Release sockets, journal and lock, in this order; a second call does nothing."""
+        if not self._context.closed:
+            self._context.destroy(linger=500)
+            self._wake_receive.close()
+            self._wake_send.close()
+            self.journal.close()
+            self._lock.close()
+
+    def _turn(self) -> None:
+        ready = dict(self._poller.poll(self._timeout_ms()))
+        if self._wake_receive.fileno() in ready:
+            self._wake_receive.recv(4096)
+        if self._events in ready:
+            self._take_subscriptions()
+        try:
+            if self._ingress in ready:
+                self._drain()
+            self._adopter.feed(self.intake, MAX_GROUP_BYTES)
+            self._run_timers()
+            self.intake.commit()
+        except JournalError as e:
+            self._refuse_group(e)
+        else:
+            self._adopter.done()
+            if self.intake.committed:
+                self._storage_full_since = None
+        for committed in self.intake.committed:
+            self._publish(committed)
+        self.intake.committed.clear()
+        for route, receipt in self._receipts:
+            self._reply(route, protocol.ACK, _encode(receipt))
+        self._receipts.clear()
+        self._serve_waiting()
+
+    def _timeout_ms(self) -> int:
+        if self._stopping or self._adopter.pending:
+            return 0
+        due = min(self._heartbeat_due, self._health_due, self._housekeeping_due)
+        if self._waiting:
+            due = min(due, min(w.deadline for w in self._waiting.values()))
+        return max(0, int((due - self._monotonic()) * 1000) + 1)
+
+    # Requests
+
+    def _drain(self) -> None:
+        for _ in range(MAX_GROUP_MESSAGES):
+            try:
+                frames = self._ingress.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            # A REQ socket puts an empty frame first and wants it back.
+            at = 2 if len(frames) > 2 and not frames[1] else 1
+            route = [*frames[:at], *frames[at + 1 : at + 2]]
+            verb, arguments = frames[at] if len(frames) > at else b"", frames[at + 2 :]
+            if verb == protocol.PUBLISH and arguments:
+                self._take(route, arguments)
+            elif verb == protocol.FETCH and arguments:
+                self._fetch(route, arguments[0])
+            elif verb == protocol.STATUS and len(route) > at:
+                self._reply(route, protocol.STATUS, _encode(self.status()))
+            else:
+                self._fail(
+                    route,
+                    "bad_request",
+                    f"expected [verb, request id, …] with publish, fetch or status, got {verb[:20]!r}"
+                    f" and {len(arguments)} frames",
+                )
+            if self.intake.pending_bytes >= MAX_GROUP_BYTES:
+                return
+
+    def _take(self, route: list[bytes], arguments: list[bytes]) -> None:
+        report = arguments[1].decode("utf-8", "replace") if len(arguments) > 1 else None
+        receipt = Receipt()
+        self._receipts.append((route, receipt))
+        taken = self.intake.take(arguments[0], report)
+        self._receipts[-1] = (route, taken)
+
+    def _fetch(self, route: list[bytes], body: bytes) -> None:
+        try:
+            request = _decode_fetch(body)
+        except (msgspec.DecodeError, UnicodeDecodeError) as e:
+            self._fail(route, "bad_request", f"fetch: {e}")
+            return
+        from_seq = request.from_seq
+        if from_seq is None:
+            if request.from_time is None:
+                from_seq = self.journal.last_seq + 1
+            else:
+                from_seq = max(self.journal.seq_at(request.from_time), self.journal.first_seq)
+        if from_seq < self.journal.first_seq:
+            self._fail(
+                route,
+                "trimmed",
+                f"events before {self.journal.first_seq} are no longer in the journal;"
+                f" asked for {from_seq}",
+                first_seq=self.journal.first_seq,
+            )
+            return
+        if request.consumer and from_seq <= self.journal.last_seq + 1:
+            self._consumers[request.consumer[:64]] = (from_seq, self._clock())
+        waiting = _Waiting(
+            route,
+            from_seq,
+            min(request.max_bytes, MAX_REPLY_BYTES),
+            self._monotonic() + min(request.wait_ms, MAX_WAIT_MS) / 1000,
+        )
+        if from_seq <= self.journal.last_seq or request.wait_ms <= 0:
+            self._answer(waiting)
+        elif len(self._waiting) >= MAX_WAITING_FETCHES:
+            self._fail(route, "busy", f"{MAX_WAITING_FETCHES} fetches are waiting already")
+        else:
+            self._waiting[route[0]] = waiting
+
+    def _serve_waiting(self) -> None:
+        if not self._waiting:
+            return
+        now = self._monotonic()
+        last = self.journal.last_seq
+        due = [k for k, w in self._waiting.items() if w.from_seq <= last or w.deadline <= now]
+        for key in due:
+            self._answer(self._waiting.pop(key))
+
+    def _answer(self, waiting: _Waiting) -> None:
+        try:
+            batches = self.journal.read(waiting.from_seq, waiting.max_bytes)
+        except JournalError as e:
+            self._fail(waiting.route, "damaged", str(e))
+            return
+        reply = FetchReply(
+            from_seq=waiting.from_seq,
+            batches=[BatchHead(b.first_seq, b.count, b.received_at) for b in batches],
+            first_seq=self.journal.first_seq,
+            last_seq=self.journal.last_seq,
+            journal_id=self.journal.journal_id,
+            epoch=self.journal.epoch,
+        )
+        self._reply(waiting.route, protocol.BATCHES, _encode(reply), *[b.body for b in batches])
+
+    def _reply(self, route: list[bytes], verb: bytes, *frames: bytes) -> None:
+        *peer, request_id = route
+        try:
+            self._ingress.send_multipart([*peer, verb, request_id, *frames], zmq.NOBLOCK)
+        except zmq.Again:
+            log.warning("a client does not read its answers; one was dropped")
+
+    def _fail(
+        self, route: list[bytes], code: str, message: str, first_seq: int | None = None
+    ) -> None:
+        if len(route) > 1:
+            error = ErrorReply(code=code, message=message, first_seq=first_seq)
+            self._reply(route, protocol.ERROR, _encode(error))
+
+    def _refuse_group(self, error: JournalError) -> None:
+        """Nothing of the group is on disk: tell its senders, and go on only if the disk is full."""
+        self._adopter.rewind()
+        full = isinstance(error, JournalFull)
+        for route, _ in self._receipts:
+            self._fail(route, "storage_full" if full else "storage_failed", str(error))
+        self._receipts.clear()
+        if not full:
+            raise error
+        if self._storage_full_since is None:
+            self._storage_full_since = self._clock()
+            log.error("refusing events: %s", error)
+
+    # Publishing
+
+    def _take_subscriptions(self) -> None:
+        while True:
+            try:
+                message = self._events.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            if message[:1] == b"\1":
+                self._subscriptions.add(message[1:])
+            elif message[:1] == b"\0":
+                self._subscriptions.discard(message[1:])
+        self._wanted.clear()
+
+    def _is_wanted(self, topic: str) -> bool:
+        wanted = self._wanted.get(topic)
+        if wanted is None:
+            encoded = topic.encode()
+            wanted = any(encoded.startswith(s) for s in self._subscriptions)
+            if len(self._wanted) > 10_000:
+                self._wanted.clear()
+            self._wanted[topic] = wanted
+        return wanted
+
+    def _publish(self, committed: Committed) -> None:
+        if not self._subscriptions:
+            return
+        send = self._events.send_multipart
+        received_at = b'"received_at":%s}' % _encode(committed.received_at)
+        seq = committed.first_seq
+        for body in committed.bodies:
+            for line in body.split(b"\n")[:-1]:
+                event = envelope.decode(line)
+                topic = self.registry.types[event.event_type].topic(event.data)
+                if self._is_wanted(topic):
+                    send([topic.encode(), b'%s,"seq":%d,%s' % (line[:-1], seq, received_at)])
+                seq += 1
+
+    # Timers
+
+    def _run_timers(self) -> None:
+        now = self._monotonic()
+        if now >= self._heartbeat_due:
+            self._heartbeat_due = now + HEARTBEAT_S
+            self._heartbeat()
+        if now >= self._health_due:
+            self._health_due = now + HEALTH_S
+            self._emit_health()
+        if now >= self._housekeeping_due:
+            self._housekeeping_due = now + HOUSEKEEPING_S
+            self._adopter.look()
+            self._housekeeping()
+
+    def _heartbeat(self) -> None:
+        totals = self.intake.totals
+        data = {
+            "epoch": self.journal.epoch,
+            "journal_id": self.journal.journal_id,
+            "first_seq": self.journal.first_seq,
+            "last_seq": self.journal.last_seq,
+            "accepted": totals.accepted,
+            "duplicates": totals.duplicates,
+            "rejected": totals.rejected,
+            "conflicts": totals.conflicts,
+            "uptime": round(self._monotonic() - self._started, 3),
+            "memory_usage": round(self._process.memory_info().rss / 1e6, 1),
+            "cpu_usage": self._process.cpu_percent(),
+            "consumers": {name: self._lag(seq) for name, (seq, _) in self._consumers.items()},
+        }
+        event = Envelope(
+            event_id=f"{self.journal.journal_id}-{self.journal.epoch}-{self._clock():.3f}",
+            event_type="heartbeat",
+            timestamp=self._clock(),
+            source=SOURCE,
+            data=data,
+        )
+        topic = TOPIC_PREFIX + "heartbeat"
+        self._events.send_multipart([topic.encode(), envelope.encode(event)])
+
+    def _emit_health(self) -> None:
+        self.intake.emit(
+            "system_health",
+            {
+                "component": SOURCE,
+                "status": "ok" if self._storage_full_since is None else "storage_full",
+                "uptime": round(self._monotonic() - self._started, 3),
+                "memory_usage": round(self._process.memory_info().rss / 1e6, 1),
+            },
+        )
+
+    def _housekeeping(self) -> None:
+        """Save cursors, and trim the journal by age and size but not past a durable consumer."""
+        if self._consumers != self._saved_consumers:
+            self.journal.save_consumers(self._consumers)
+            self._saved_consumers = dict(self._consumers)
+        self.intake.commit()  # trimming reloads what it knows of producers
+        before = self.journal.seq_to_trim(
+            older_than=self._clock() - self.settings.journal_max_age_s,
+            max_bytes=self.settings.journal_max_bytes,
+        )
+        stored = min((seq for seq, _ in self._consumers.values()), default=before)
+        if before > stored:
+            log.warning("journal kept from %d on: a durable consumer has not stored it", stored)
+        if self.journal.trim(min(before, stored)):
+            self._housekeeping_due = self._monotonic()
+
+    def _lag(self, next_seq: int) -> int:
+        return max(0, self.journal.last_seq + 1 - next_seq)
+
+    def status(self) -> dict[str, Any]:
+        """The answer to a status request; docs/protocol.md lists the fields."""
+        totals = self.intake.totals
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "home": str(self.settings.home),
+            "events_url": self.events_url,
+            "ingress_url": self.ingress_url,
+            "journal_id": self.journal.journal_id,
+            "epoch": self.journal.epoch,
+            "first_seq": self.journal.first_seq,
+            "last_seq": self.journal.last_seq,
+            "uptime_s": round(self._monotonic() - self._started, 3),
+            "state": "ok" if self._storage_full_since is None else "storage_full",
+            "accepted": totals.accepted,
+            "duplicates": totals.duplicates,
+            "rejected": totals.rejected,
+            "conflicts": totals.conflicts,
+            "memory_bytes": self._process.memory_info().rss,
+            "journal_bytes": self.journal.size_bytes(),
+            "subscriptions": sorted(s.decode("utf-8", "replace") for s in self._subscriptions),
+            "consumers": {
+                name: {"next_seq": seq, "lag": self._lag(seq), "last_seen": seen}
+                for name, (seq, seen) in self._consumers.items()
+            },
+            "schema_problems": [str(p) for p in self.registry.problems],
+            "producers": [
+                {"producer": p.token, "last_n": p.last_n, "last_seen": p.last_seen, "report": p.report}
+                for p in sorted(self.journal.producers.values(), key=lambda p: p.id)[-1000:]
+            ],
+        }
+
+
+def _port_owner(url: str) -> str:
+    """` (held by process …)` as far as this user may see it."""
+    port = url.rpartition(":")[2]
+    for connection in psutil.net_connections("tcp"):
+        if connection.status == psutil.CONN_LISTEN and str(connection.laddr.port) == port:
+            if connection.pid is None:
+                return " (held by another user's process)"
+            name = psutil.Process(connection.pid).name()
+            return f" (held by process {connection.pid}, {name})"
+    return ""

@@ -1,0 +1,197 @@
+"""The envelope: what every event looks like on the wire and in the journal. Pure functions.
+
+A batch is newline-delimited JSON (https://jsonlines.org): one envelope a line, each line ended
+by a newline. The canonical form of a line is what `encode` makes: fields in the order of
+`Envelope`, no white space, numbers in their shortest form that reads back the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from event_bus.errors import RejectedEvent
+
+MAX_EVENT_BYTES = 1 << 20
+MAX_DEPTH = 64
+_MAX_INTEGER = (1 << 63) - 1
+_MIN_INTEGER = -(1 << 63)
+
+Name = Annotated[str, Meta(min_length=1, max_length=255)]
+
+
+class Envelope(Struct, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """One event as its producer made it. `timestamp` is Unix seconds, when it happened."""
+
+    event_id: Name
+    event_type: Name
+    timestamp: float
+    source: Name | UnsetType = UNSET
+    user_id: Name | UnsetType = UNSET
+    correlation_id: Name | UnsetType = UNSET
+    causation_id: Name | UnsetType = UNSET
+    data: dict[str, Any]
+
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(Envelope)
+
+encode = _encoder.encode
+"""The canonical line of an envelope, without its newline."""
+
+encode_lines = _encoder.encode_lines
+"""The canonical batch of a list of envelopes."""
+
+decode = _decoder.decode
+"""The envelope of a canonical line. Only for bytes that were admitted before."""
+
+decode_lines = _decoder.decode_lines
+"""The envelopes of a canonical batch. Only for bytes that were admitted before."""
+
+_DIGITS_AS_ZERO = bytes.maketrans(b"123456789", b"000000000")
+_LONG_NUMBER = b"0" * 19
+
+
+def new_producer() -> str:
+    """A token for one process's events: 12 hex digits of Unix milliseconds, 8 random ones.
+
+    Tokens sort by the time they were made. An event's id is `<token>-<n>`, n counting from 1.
+    """
+    return f"{time.time_ns() // 1_000_000:012x}{os.urandom(4).hex()}"
+
+
+def decode_canonical(batch: bytes) -> list[Envelope] | None:
+    """The envelopes of a batch, or None if any line of it is not canonical.
+
+    None is no verdict: such a batch goes line by line through `read`. What comes back needs no
+    further check of the envelope: a line equal to its own re-encoding has no repeated key, no
+    NaN and no unknown field; and a batch without 19 digits in a row or more than 64 openings
+    of an object or list beyond two an event has no integer past 64 bits and no deep nesting.
+    """
+    try:
+        events = decode_lines(batch)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    openings = batch.count(b"{") + batch.count(b"[")
+    if (
+        openings - 2 * len(events) > MAX_DEPTH - 2
+        or _LONG_NUMBER in batch.translate(_DIGITS_AS_ZERO)
+        or encode_lines(events) != batch
+        or (len(batch) > MAX_EVENT_BYTES and max(map(len, batch.split(b"\n"))) > MAX_EVENT_BYTES)
+    ):
+        return None
+    return events
+
+
+def read(line: bytes) -> Envelope:
+    """The envelope of a line in any JSON spelling, checked against every limit of the protocol.
+
+    Raises RejectedEvent naming path, value and rule.
+    """
+    if len(line) > MAX_EVENT_BYTES:
+        raise RejectedEvent(
+            f"event of {len(line)} bytes is over the limit of {MAX_EVENT_BYTES}",
+            rule="maxBytes",
+            value=str(len(line)),
+        )
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as e:
+        raise RejectedEvent(
+            f"not UTF-8: {e.reason} at byte {e.start}", rule="utf8", value=repr(line[e.start : e.end])
+        ) from e
+    try:
+        document = json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_constant=_constant,
+            parse_int=_integer,
+            parse_float=_float,
+        )
+    except RecursionError as e:
+        raise _too_deep() from e
+    except json.JSONDecodeError as e:
+        raise RejectedEvent(
+            f"not JSON: {e.msg} at character {e.pos}", rule="json", value=text[e.pos : e.pos + 20]
+        ) from e
+    check_value(document, "")
+    if not isinstance(document, dict):
+        raise RejectedEvent("an event is a JSON object", rule="type", value=text[:80])
+    try:
+        return msgspec.convert(document, Envelope)
+    except msgspec.ValidationError as e:
+        message, _, path = str(e).partition(" - at `$")
+        raise RejectedEvent(f"envelope: {message}", rule="envelope", path=path.strip(".`")) from e
+
+
+def check_value(value: Any, path: str, depth: int = 0) -> None:
+    """Raise RejectedEvent if a JSON value breaks a limit that JSON Schema has no word for."""
+    if isinstance(value, str):
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as e:
+                raise RejectedEvent(
+                    f"{path or 'event'} holds a lone surrogate",
+                    rule="utf8",
+                    path=path,
+                    value=ascii(value[:40]),
+                ) from e
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise RejectedEvent(
+                f"{path or 'event'} is {value}: not a JSON number",
+                rule="finite",
+                path=path,
+                value=str(value),
+            )
+    elif isinstance(value, int):
+        if not _MIN_INTEGER <= value <= _MAX_INTEGER:
+            raise RejectedEvent(
+                f"{path or 'event'} is beyond 64 bits", rule="int64", path=path, value=hex(value)[:40]
+            )
+    elif isinstance(value, dict | list):
+        if depth >= MAX_DEPTH:
+            raise _too_deep(path[:80])
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            check_value(key, path, depth)
+            check_value(item, f"{path}.{key}" if path else str(key), depth + 1)
+
+
+def _too_deep(path: str = "") -> RejectedEvent:
+    return RejectedEvent(f"nested deeper than {MAX_DEPTH} levels", rule="maxDepth", path=path)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        key = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+        raise RejectedEvent(f"key {key!r} is there twice", rule="uniqueKeys", path=key)
+    return result
+
+
+def _constant(name: str) -> Any:
+    raise RejectedEvent(f"{name} is not a JSON number", rule="finite", value=name)
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20:
+        raise RejectedEvent(
+            f"an integer of {len(digits)} digits is beyond 64 bits", rule="int64", value=digits[:24]
+        )
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise RejectedEvent(f"{digits[:24]} is beyond a 64-bit float", rule="float64", value=digits[:24])
+    return value

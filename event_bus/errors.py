@@ -1,0 +1,84 @@
+"""Every error this project raises on purpose.
+
+BittenError
+├── SettingsError      a flag, variable or config.yaml entry that cannot be used
+├── SchemaError        a schema file that cannot be used
+├── RejectedEvent      an event that the contract refuses; carries the rejection
+├── BusUnavailable     the broker did not answer in time
+├── BusRefused         the broker answered a request with an error
+│   └── TrimmedRange   the events asked for are older than the journal's retention
+├── StartError         a daemon cannot start: port, lock or directory is not to be had
+├── JournalError       journal.db cannot be read or written
+│   └── JournalFull    there is no space left for it; worth trying again
+└── DatabaseError      bitten_events.db is missing, foreign, of another version or unusable
+
+A message says what, where and why; `hint` says what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class BittenError(Exception):
+    """Root of the tree. `hint` is one sentence, without a full stop, on what to do."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return f"{message}; {self.hint}" if self.hint else message
+
+
+class SettingsError(BittenError):
+    pass
+
+
+class SchemaError(BittenError):
+    pass
+
+
+class RejectedEvent(BittenError):
+    """`path`, `value` and `rule` name what the event broke; empty where nothing fits."""
+
+    def __init__(self, message: str, *, rule: str, path: str = "", value: str = "") -> None:
+        super().__init__(message)
+        self.rule = rule
+        self.path = path
+        self.value = value
+
+
+class BusUnavailable(BittenError):
+    pass
+
+
+class BusRefused(BittenError):
+    """`code` is one of the error codes of docs/protocol.md."""
+
+    def __init__(self, message: str, *, code: str, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.code = code
+
+
+class TrimmedRange(BusRefused):
+    """The first seq still held is `first_seq`; everything before it is gone from the journal."""
+
+    def __init__(self, message: str, *, first_seq: int, hint: str | None = None) -> None:
+        super().__init__(message, code="trimmed", hint=hint)
+        self.first_seq = first_seq
+
+
+class StartError(BittenError):
+    pass
+
+
+class JournalError(BittenError):
+    pass
+
+
+class JournalFull(JournalError):
+    pass
+
+
+class DatabaseError(BittenError):
+    pass

@@ -1,0 +1,139 @@
+"""The wire between clients and the broker's ingress port; docs/protocol.md is its specification.
+
+A client's DEALER sends [verb, request id, …]; the broker answers [verb, request id, …]. Bodies
+are JSON, batches newline-delimited JSON.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import Any
+
+import msgspec
+import zmq
+
+from event_bus.errors import BusRefused, BusUnavailable, TrimmedRange
+
+PUBLISH = b"publish"
+FETCH = b"fetch"
+STATUS = b"status"
+
+ACK = b"ack"
+BATCHES = b"batches"
+ERROR = b"error"
+
+MAX_MESSAGE_BYTES = 8 << 20
+"""Longest frame the broker takes; a connection that sends a longer one is cut."""
+
+
+class FetchRequest(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """Ask for events from seq `from_seq`, or from the first one received at `from_time`.
+
+    With neither, from the end: only what comes after this request. The answer waits up to
+    `wait_ms` for the first event. `consumer` names a durable consumer: by asking for `from_seq` it
+    says that it has stored everything before.
+    """
+
+    from_seq: int | None = None
+    from_time: float | None = None
+    max_bytes: int = 1 << 20
+    wait_ms: int = 0
+    consumer: str | None = None
+
+
+class BatchHead(msgspec.Struct, frozen=True, array_like=True):
+    """Head of one batch in an answer to fetch; the batch itself is one of the frames after."""
+
+    first_seq: int
+    count: int
+    received_at: float
+
+
+class FetchReply(msgspec.Struct, frozen=True, kw_only=True):
+    """Heads of the batches that follow, and where the journal begins and ends.
+
+    `from_seq` is where the broker took the request to begin. The first batch may begin before.
+    """
+
+    from_seq: int
+    batches: list[BatchHead]
+    first_seq: int
+    last_seq: int
+    journal_id: str
+    epoch: int
+
+
+class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
+    """`code` is one of the codes in docs/protocol.md."""
+
+    code: str
+    message: str
+    first_seq: int | None = None
+
+
+def raise_error(body: bytes) -> None:
+    """Raise the BusRefused that an error reply stands for."""
+    error = msgspec.json.decode(body, type=ErrorReply)
+    if error.code == "trimmed" and error.first_seq is not None:
+        raise TrimmedRange(error.message, first_seq=error.first_seq)
+    raise BusRefused(error.message, code=error.code)
+
+
+class Client:
+    """A connection to the broker's ingress port, for one thread. Close it when done."""
+
+    def __init__(self, url: str, context: zmq.Context[Any] | None = None) -> None:
+        self.url = url
+        self._context = context or zmq.Context.instance()
+        self._ids = itertools.count(1)
+        self._connect()
+
+    def _connect(self) -> None:
+        self.socket = self._context.socket(zmq.DEALER)
+        self.socket.linger = 0
+        self.socket.connect(self.url)
+
+    def send(self, verb: bytes, *frames: bytes) -> bytes:
+        """Send a request and return its id."""
+        request_id = b"%d" % next(self._ids)
+        self.socket.send_multipart([verb, request_id, *frames])
+        return request_id
+
+    def receive(self, request_id: bytes, timeout_s: float) -> list[bytes]:
+        """The frames after verb and id of that request's answer; answers to others are dropped.
+
+        Raises BusUnavailable after `timeout_s`, and BusRefused for an error reply.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left_ms = max(0, int((deadline - time.monotonic()) * 1000))
+            if not self.socket.poll(left_ms):
+                # What is queued for a broker that is away would reach the next one as news.
+                self.socket.close()
+                self._connect()
+                raise BusUnavailable(
+                    f"no answer from the event bus at {self.url} within {timeout_s:g} s",
+                    hint="start it with `bitten up`, `bitten bus` or `pm2 start pm2_config.json`",
+                )
+            verb, reply_id, *frames = self.socket.recv_multipart()
+            if reply_id != request_id:
+                continue
+            if verb == ERROR:
+                raise_error(frames[0])
+            return frames
+
+    def status(self, timeout_s: float = 2.0) -> dict[str, Any]:
+        """The broker's account of itself, as docs/protocol.md lists it."""
+        frames = self.receive(self.send(STATUS), timeout_s)
+        status: dict[str, Any] = msgspec.json.decode(frames[0])
+        return status
+
+    def publish(self, batch: bytes, timeout_s: float = 5.0) -> dict[str, Any]:
+        """Publish newline-delimited JSON; returns the ack: counts and refusals."""
+        frames = self.receive(self.send(PUBLISH, batch), timeout_s)
+        ack: dict[str, Any] = msgspec.json.decode(frames[0])
+        return ack
+
+    def close(self) -> None:
+        self.socket.close()

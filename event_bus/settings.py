@@ -1,0 +1,155 @@
+"""The one table of settings: flag, then environment, then $BITTEN_HOME/config.yaml, then default."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from event_bus.errors import SettingsError
+
+_TRUE = {"1", "true", "yes", "on"}
+_FALSE = {"0", "false", "no", "off"}
+
+
+def _boolean(value: Any) -> bool:
+    text = str(value).strip().lower()
+    if text not in _TRUE | _FALSE:
+        raise ValueError("expected one of 1, 0, true, false, yes, no, on, off")
+    return text in _TRUE
+
+
+def _path(value: Any) -> Path:
+    return Path(str(value)).expanduser().absolute()
+
+
+def _url(value: Any) -> str:
+    text = str(value)
+    if not text.startswith(("tcp://", "ipc://")):
+        raise ValueError("expected an address such as tcp://127.0.0.1:5570")
+    return text
+
+
+def _positive(value: Any) -> int:
+    number = int(str(value).replace("_", ""))
+    if number <= 0:
+        raise ValueError("expected a whole number above 0")
+    return number
+
+
+def _setting(default: Any, parse: Callable[[Any], Any], text: str) -> Any:
+    return field(default=default, metadata={"parse": parse, "help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Each field is also the variable BITTEN_<FIELD> and the key <field> of config.yaml."""
+
+    home: Path = _setting(None, _path, "directory of all files; default ~/.bitten")
+    events_url: str = _setting("tcp://127.0.0.1:5570", _url, "where the broker publishes")
+    ingress_url: str = _setting(
+        "tcp://127.0.0.1:5571", _url, "where the broker takes events, fetches and status requests"
+    )
+    db: Path = _setting(None, _path, "database; default $BITTEN_HOME/bitten_events.db")
+    source: str = _setting("", str, "source of this process's events; default the script's name")
+    enabled: bool = _setting(True, _boolean, "0 makes every bridge call do nothing")
+    outbox_max_events: int = _setting(100_000, _positive, "events a bridge holds in memory")
+    outbox_max_bytes: int = _setting(64 << 20, _positive, "bytes a bridge holds in memory")
+    spool_max_bytes: int = _setting(256 << 20, _positive, "bytes a process may spool to disk")
+    journal_max_bytes: int = _setting(4 << 30, _positive, "size at which the journal is trimmed")
+    journal_max_age_s: int = _setting(7 * 86_400, _positive, "age at which events leave the journal")
+
+    @classmethod
+    def load(
+        cls, *, environ: Mapping[str, str] | None = None, **flags: Any
+    ) -> Settings:
+        """Settings in force, given the flags that were set (None means not set).
+
+        Raises SettingsError naming the flag, variable or file and what was expected.
+        """
+        environ = os.environ if environ is None else environ
+        home = _pick("home", flags, environ, {}, Path.home() / ".bitten")
+        config = _config_file(home / "config.yaml")
+        values = {
+            f.name: _pick(f.name, flags, environ, config, f.default)
+            for f in fields(cls)
+            if f.name != "home"
+        }
+        values["db"] = values["db"] or home / "bitten_events.db"
+        return cls(home=home, **values)
+
+    @property
+    def journal(self) -> Path:
+        return self.home / "journal.db"
+
+    @property
+    def spool(self) -> Path:
+        return self.home / "spool"
+
+    @property
+    def schemas(self) -> Path:
+        return self.home / "schemas"
+
+    def make_home(self) -> None:
+        """Create the home directory, readable by its owner only. Raises SettingsError."""
+        try:
+            self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.spool.mkdir(mode=0o700, exist_ok=True)
+        except OSError as e:
+            raise SettingsError(
+                f"cannot create {e.filename or self.home}: {e.strerror}",
+                hint="make it writable or set BITTEN_HOME to a directory that is",
+            ) from e
+        if not os.access(self.home, os.W_OK | os.X_OK):
+            raise SettingsError(
+                f"{self.home} is not writable",
+                hint="make it writable or set BITTEN_HOME to a directory that is",
+            )
+
+
+def _pick(
+    name: str,
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str],
+    config: Mapping[str, Any],
+    default: Any,
+) -> Any:
+    variable = f"BITTEN_{name.upper()}"
+    if flags.get(name) is not None:
+        where, value = f"--{name.replace('_', '-')}", flags[name]
+    elif environ.get(variable):
+        where, value = variable, environ[variable]
+    elif config.get(name) is not None:
+        where, value = f"{name} in config.yaml", config[name]
+    else:
+        return default
+    parse = Settings.__dataclass_fields__[name].metadata["parse"]
+    try:
+        return parse(value)
+    except ValueError as e:
+        raise SettingsError(f"{where} is {value!r}: {e}") from e
+
+
+def _config_file(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return {}
+    except OSError as e:
+        raise SettingsError(f"cannot read {path}: {e.strerror}") from e
+    import yaml  # only homes with a config.yaml pay for it
+
+    try:
+        config = yaml.safe_load(text) or {}
+    except yaml.YAMLError as e:
+        raise SettingsError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
+    known = {f.name for f in fields(Settings)} - {"home"}
+    if not isinstance(config, dict) or not known.issuperset(config):
+        unknown = sorted(set(config) - known) if isinstance(config, dict) else [type(config).__name__]
+        raise SettingsError(
+            f"{path}: unknown setting {', '.join(map(str, unknown))}",
+            hint=f"known are {', '.join(sorted(known))}",
+        )
+    return config
