@@ -1,0 +1,122 @@
+"""The readers' side of bitten_events.db: read-only, never in the writer's way."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import apsw
+import msgspec
+
+from collector.store import check_version
+from event_bus.errors import DatabaseError
+
+BUSY_TIMEOUT_MS = 5_000
+
+
+class Reader:
+    """A read-only connection. Raises DatabaseError if there is nothing to read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.exists():
+            raise DatabaseError(
+                f"there is no database at {path} yet",
+                hint="start the collector: `bitten up`, `bitten collect` or `pm2 start pm2_config.json`",
+            )
+        try:
+            self.db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+            self.db.set_busy_timeout(BUSY_TIMEOUT_MS)
+            check_version(self.db, path)
+        except apsw.Error as e:
+            raise DatabaseError(f"cannot read {path}: {e}", hint="check its owner and rights") from e
+
+    def query(
+        self,
+        *,
+        event_type: str | None = None,
+        start_time: float | None = None,
+        end_time: float | None = None,
+        source: str | None = None,
+        user_id: str | None = None,
+        correlation_id: str | None = None,
+        symbol: str | None = None,
+        limit: int = 100,
+    ) -> list[dict[str, Any]]:
+        """The newest events that match, newest first; see DataCollector.query_events."""
+        where = {
+            "event_type = ?": event_type,
+            "timestamp >= ?": start_time,
+            "timestamp < ?": end_time,
+            "source = ?": source,
+            "user_id = ?": None if user_id is None else str(user_id),
+            "correlation_id = ?": correlation_id,
+        }
+        conditions = [sql for sql, value in where.items() if value is not None]
+        values = [value for value in where.values() if value is not None]
+        if symbol is not None:
+            tables = self._tables_with("symbol", event_type)
+            arms = " UNION ALL ".join(f'SELECT seq FROM "{t}" WHERE symbol = ?' for t in tables)
+            conditions.append(f"seq IN ({arms})" if arms else "0")
+            values += [symbol] * len(tables)
+        sql = "SELECT * FROM events"
+        if conditions:
+            sql += f" WHERE {' AND '.join(conditions)}"
+        return [self._event(row) for row in self.rows(f"{sql} ORDER BY seq DESC LIMIT ?", *values, limit)]
+
+    def rows(self, sql: str, *values: Any) -> list[dict[str, Any]]:
+        """The rows of a query as dictionaries. Raises DatabaseError."""
+        try:
+            cursor = self.db.execute(sql, values)
+            return [
+                dict(zip((d[0] for d in cursor.get_description()), row, strict=True))
+                for row in cursor
+            ]
+        except apsw.Error as e:
+            raise DatabaseError(f"cannot read {self.path}: {e}") from e
+
+    def stats(self) -> dict[str, Any]:
+        by_type = {
+            row["name"]: row["stored"]
+            for row in self.rows(
+                "SELECT name, stored FROM _count JOIN _name ON id = type ORDER BY stored DESC"
+            )
+        }
+        stored = sum(by_type.values())
+        last = self.rows("SELECT max(seq) AS seq FROM _event")[0]["seq"] or 0
+        wal = Path(f"{self.path}-wal")
+        return {
+            "events_received": stored,
+            "events_stored": stored,
+            "events_rejected": by_type.get("event_rejected", 0),
+            "last_seq": last,
+            "by_type": by_type,
+            "database": str(self.path),
+            "database_bytes": self.path.stat().st_size,
+            "wal_bytes": wal.stat().st_size if wal.exists() else 0,
+            "read_at": time.time(),
+        }
+
+    def _tables_with(self, column: str, event_type: str | None) -> list[str]:
+        found = []
+        for row in self.rows("SELECT definition FROM _relation"):
+            relation = msgspec.json.decode(row["definition"])
+            if event_type in (None, relation["event_type"]) and any(
+                c["name"] == column for c in relation["columns"]
+            ):
+                found.append(relation["table"])
+        return found
+
+    @staticmethod
+    def _event(row: dict[str, Any]) -> dict[str, Any]:
+        return row | {"data": msgspec.json.decode(row["data"])}
+
+    def close(self) -> None:
+        self.db.close()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

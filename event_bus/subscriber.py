@@ -1,0 +1,244 @@
+"""Subscribers: events in order, from now, from a seq or from a time, without gap or repeat.
+
+Events are fetched from the journal with a long poll, so replay and live are one stream, and a
+slow subscriber slows nobody and misses nothing that the journal still holds.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from event_bus import envelope, protocol
+from event_bus.envelope import Envelope
+from event_bus.errors import BusUnavailable
+from event_bus.protocol import Client, FetchReply, FetchRequest
+from event_bus.settings import Settings
+
+POLL_MS = 5_000
+PATIENCE_S = POLL_MS / 1000 + 3.0
+"""When an answer is later than this, the question is asked again on a new connection."""
+
+_decode_reply = msgspec.json.Decoder(FetchReply).decode
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One event as the bus holds it. What its producer left out is None.
+
+    `timestamp` (when it happened) and `received_at` (when the broker took it in) are Unix
+    seconds; `seq` counts all events of the bus from 1 without holes.
+    """
+
+    seq: int
+    event_id: str
+    event_type: str
+    timestamp: float
+    received_at: float
+    source: str | None = None
+    user_id: str | None = None
+    correlation_id: str | None = None
+    causation_id: str | None = None
+    data: dict[str, Any]
+
+
+def as_event(e: Envelope, seq: int, received_at: float) -> Event:
+    given = {name: getattr(e, name) for name in e.__struct_fields__}
+    present = {k: v for k, v in given.items() if v is not msgspec.UNSET}
+    return Event(seq=seq, received_at=received_at, **present)
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """Consecutive events; event i of `events` has seq `first_seq` + i."""
+
+    first_seq: int
+    received_at: float
+    events: list[Envelope]
+
+
+class Cursor:
+    """What to ask the broker next, and what its answers mean. No sockets.
+
+    `next_seq` is None until the first answer when the start is a time or now.
+    """
+
+    def __init__(
+        self,
+        *,
+        next_seq: int | None = None,
+        from_time: float | None = None,
+        consumer: str | None = None,
+        wait_ms: int = POLL_MS,
+    ) -> None:
+        self.next_seq = next_seq
+        self.last_seq = 0
+        self.journal_id = ""
+        self._from_time = from_time
+        self._consumer = consumer
+        self._wait_ms = wait_ms
+
+    def request(self) -> bytes:
+        return msgspec.json.encode(
+            FetchRequest(
+                from_seq=self.next_seq,
+                from_time=self._from_time if self.next_seq is None else None,
+                wait_ms=self._wait_ms if self.next_seq is not None else 0,
+                consumer=self._consumer,
+            )
+        )
+
+    def take(self, frames: list[bytes]) -> list[Batch]:
+        """The events of an answer that were not seen yet, and step past them."""
+        reply = _decode_reply(frames[0])
+        self.journal_id = reply.journal_id
+        self.last_seq = reply.last_seq
+        if self.next_seq is None:  # that was only to learn where to begin
+            self.next_seq = reply.from_seq
+            return []
+        batches = []
+        for head, body in zip(reply.batches, frames[1:], strict=True):
+            skip = self.next_seq - head.first_seq
+            events = envelope.decode_lines(body)
+            batches.append(Batch(head.first_seq + skip, head.received_at, events[skip:]))
+            self.next_seq = head.first_seq + head.count
+        return batches
+
+
+class Subscriber:
+    """Iterate over events: `for event in Subscriber("signal_generated", "market_*")`.
+
+    Patterns are event types with `*` and `?`; none means all. `start` is `"now"`, a seq (int) or
+    Unix seconds (float). Both `for` and `async for` work; one subscriber takes one of them at a
+    time. Iteration ends after `timeout_s` without a matching event (default: never). While the
+    broker is away it waits and goes on where it was. Raises TrimmedRange when `start` is no longer
+    in the journal. `next_seq` is one past the last event handed
+    out: where another subscriber would go on.
+    """
+
+    def __init__(
+        self,
+        *patterns: str,
+        start: str | int | float = "now",
+        ignore: Iterable[str] = (),
+        timeout_s: float | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        self._settings = settings or Settings.load()
+        self._patterns = tuple(p.removeprefix("bitten.") for p in patterns) or ("*",)
+        self._ignored = tuple(p.removeprefix("bitten.") for p in ignore)
+        self._wanted: dict[str, bool] = {}
+        self._timeout_s = timeout_s
+        wait_ms = POLL_MS if timeout_s is None else min(POLL_MS, max(1, int(timeout_s * 1000)))
+        if start == "now":
+            self._cursor = Cursor(wait_ms=wait_ms)
+        elif isinstance(start, float):
+            self._cursor = Cursor(from_time=start, wait_ms=wait_ms)
+        elif isinstance(start, int):
+            self._cursor = Cursor(next_seq=max(1, start), wait_ms=wait_ms)
+        else:
+            raise ValueError(f"start is {start!r}: expected 'now', a seq (int) or Unix seconds (float)")
+        self._client: Client | None = None
+        self.next_seq = self._cursor.next_seq
+
+    def connect(self) -> None:
+        """Fix where "now" is: what is published after this call returns will be seen.
+
+        Without it that is fixed when iteration begins. Raises BusUnavailable.
+        """
+        if self._cursor.next_seq is None:
+            client = self._connected()
+            self._cursor.take(client.receive(client.send(protocol.FETCH, self._cursor.request()), 5.0))
+
+    def __iter__(self) -> Iterator[Event]:
+        client = self._connected()
+        last_event = time.monotonic()
+        request = client.send(protocol.FETCH, self._cursor.request())
+        while True:
+            try:
+                events = self._events(client.receive(request, PATIENCE_S))
+            except BusUnavailable:
+                events = []
+            # Asked before the events are handed out, so that the answer is on its way meanwhile.
+            request = client.send(protocol.FETCH, self._cursor.request())
+            if events:
+                yield from self._hand_out(events)
+                last_event = time.monotonic()
+            elif self._is_over(last_event):
+                return
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        socket = self._async_socket()
+        last_event = time.monotonic()
+        try:
+            while True:
+                await socket.send_multipart([protocol.FETCH, b"0", self._cursor.request()])
+                # Poll, then receive: a receive that is cancelled half-way loses its message.
+                if await socket.poll(int(PATIENCE_S * 1000)):
+                    verb, _, *frames = await socket.recv_multipart()
+                    if verb == protocol.ERROR:
+                        protocol.raise_error(frames[0])
+                    events = self._events(frames)
+                else:
+                    events = []
+                    socket.close()
+                    socket = self._async_socket()
+                if events:
+                    for event in self._hand_out(events):
+                        yield event
+                    last_event = time.monotonic()
+                elif self._is_over(last_event):
+                    return
+        finally:
+            socket.close()
+
+    def _is_over(self, last_event: float) -> bool:
+        return self._timeout_s is not None and time.monotonic() - last_event >= self._timeout_s
+
+    def _hand_out(self, events: list[Event]) -> Iterator[Event]:
+        for event in events:
+            self.next_seq = event.seq + 1
+            yield event
+
+    def _connected(self) -> Client:
+        if self._client is None:
+            self._client = Client(self._settings.ingress_url)
+        return self._client
+
+    def _async_socket(self) -> zmq.asyncio.Socket:
+        socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+        socket.linger = 0
+        socket.connect(self._settings.ingress_url)
+        return socket
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    def __enter__(self) -> Subscriber:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _events(self, frames: list[bytes]) -> list[Event]:
+        return [
+            as_event(e, seq, batch.received_at)
+            for batch in self._cursor.take(frames)
+            for seq, e in enumerate(batch.events, batch.first_seq)
+            if self._is_wanted(e.event_type)
+        ]
+
+    def _is_wanted(self, event_type: str) -> bool:
+        wanted = self._wanted.get(event_type)
+        if wanted is None:
+            wanted = any(fnmatch.fnmatchcase(event_type, p) for p in self._patterns) and not any(
+                fnmatch.fnmatchcase(event_type, p) for p in self._ignored
+            )
+            self._wanted[event_type] = wanted
+        return wanted
