@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -36,7 +38,8 @@ class DataCollector:
     def __init__(self, db_path: str | Path | None = None, *, settings: Settings | None = None) -> None:
         self._settings = settings or Settings.load(db=db_path)
         self._stop = threading.Event()
-        self.received = 0
+        self._wake_receive, self._wake_send = socket.socketpair()
+        self._wake_send.setblocking(False)
         self.stored = 0
 
     def get_stats(self) -> dict[str, Any]:
@@ -80,6 +83,8 @@ class DataCollector:
     def stop(self) -> None:
         """Make `run` return once what it has fetched is stored."""
         self._stop.set()
+        with contextlib.suppress(BlockingIOError):
+            self._wake_send.send(b"\0")
 
     def run(self, *, on_ready: Callable[[], None] = lambda: None) -> None:
         """Store events until `stop`, or SIGINT or SIGTERM in the main thread.
@@ -95,8 +100,8 @@ class DataCollector:
         lock = FileLock(Path(f"{settings.db}.lock"), "a collector")
         registry = Registry(settings.schemas)
         registry.verify()
-        store = self._open(registry)
-        client = Client(settings.ingress_url)
+        store = Store(settings.db, registry)
+        client = Client(settings.ingress_url, interrupt_fd=self._wake_receive.fileno())
         try:
             on_ready()
             self._collect(client, store, registry)
@@ -105,27 +110,26 @@ class DataCollector:
             store.close()
             lock.close()
 
-    def _open(self, registry: Registry) -> Store:
-        return Store(self._settings.db, registry)
-
     def _collect(self, client: Client, store: Store, registry: Registry) -> None:
         cursor = Cursor(next_seq=store.last_seq + 1, consumer=CONSUMER, wait_ms=1_000)
         request = client.send(protocol.FETCH, cursor.request())
-        waiting_since: float | None = None
+        away = False
         while not self._stop.is_set():
             try:
                 frames = client.receive(request, PATIENCE_S)
                 batches = cursor.take(frames)
+            except InterruptedError:
+                return
             except (BusUnavailable, BusRefused) as e:
-                if waiting_since is None:
+                if not away:
                     log.warning("%s", e)
-                waiting_since = waiting_since or time.monotonic()
+                away = True
                 self._stop.wait(0 if isinstance(e, BusUnavailable) else RETRY_S)
                 batches = []
             else:
-                if waiting_since is not None:
+                if away:
                     log.info("the event bus answers again")
-                waiting_since = None
+                away = False
             # Asked for before this batch is stored: the broker reads while we write. The
             # cursor that the broker keeps for us lags one answer behind what is stored.
             request = client.send(protocol.FETCH, cursor.request())

@@ -17,9 +17,17 @@ A message says what, where and why; `hint` says what to do about it.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class BittenError(Exception):
-    """Root of the tree. `hint` is one sentence, without a full stop, on what to do."""
+    """Root of the tree. `hint` is one sentence, without a full stop, on what to do.
+
+    `exit_code` is the command line's: 1 a negative answer, 2 wrong use, 3 the bus does not answer,
+    4 a file, port or lock is not to be had.
+    """
+
+    exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -31,11 +39,11 @@ class BittenError(Exception):
 
 
 class SettingsError(BittenError):
-    pass
+    exit_code = 2
 
 
 class SchemaError(BittenError):
-    pass
+    exit_code = 2
 
 
 class RejectedEvent(BittenError):
@@ -49,7 +57,7 @@ class RejectedEvent(BittenError):
 
 
 class BusUnavailable(BittenError):
-    pass
+    exit_code = 3
 
 
 class BusRefused(BittenError):
@@ -69,11 +77,11 @@ class TrimmedRange(BusRefused):
 
 
 class StartError(BittenError):
-    pass
+    exit_code = 4
 
 
 class JournalError(BittenError):
-    pass
+    exit_code = 4
 
 
 class JournalFull(JournalError):
@@ -81,4 +89,4 @@ class JournalFull(JournalError):
 
 
 class DatabaseError(BittenError):
-    pass
+    exit_code = 4

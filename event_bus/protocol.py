@@ -81,11 +81,16 @@ def raise_error(body: bytes) -> None:
 
 
 class Client:
-    """A connection to the broker's ingress port, for one thread. Close it when done."""
+    """A connection to the broker's ingress port, for one thread. Close it when done.
 
-    def __init__(self, url: str, context: zmq.Context[Any] | None = None) -> None:
+    While it waits, anything to read from the descriptor `interrupt_fd` makes it raise
+    InterruptedError.
+    """
+
+    def __init__(self, url: str, *, interrupt_fd: int | None = None) -> None:
         self.url = url
-        self._context = context or zmq.Context.instance()
+        self._context: zmq.Context[Any] = zmq.Context.instance()
+        self._interrupt_fd = interrupt_fd
         self._ids = itertools.count(1)
         self._connect()
 
@@ -93,6 +98,10 @@ class Client:
         self.socket = self._context.socket(zmq.DEALER)
         self.socket.linger = 0
         self.socket.connect(self.url)
+        self._poller = zmq.Poller()
+        self._poller.register(self.socket, zmq.POLLIN)
+        if self._interrupt_fd is not None:
+            self._poller.register(self._interrupt_fd, zmq.POLLIN)
 
     def send(self, verb: bytes, *frames: bytes) -> bytes:
         """Send a request and return its id."""
@@ -108,7 +117,10 @@ class Client:
         deadline = time.monotonic() + timeout_s
         while True:
             left_ms = max(0, int((deadline - time.monotonic()) * 1000))
-            if not self.socket.poll(left_ms):
+            ready = dict(self._poller.poll(left_ms))
+            if self._interrupt_fd in ready:
+                raise InterruptedError
+            if not ready:
                 # What is queued for a broker that is away would reach the next one as news.
                 self.socket.close()
                 self._connect()

@@ -1,0 +1,5 @@
+"""The command `bitten`."""
+
+from event_bus.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,91 @@
+"""The group `bitten`: common options, and commands found by their entry points.
+
+A package adds commands by entry points of the group `bitten.commands`; this is how the
+collector's commands come in without the bus importing the collector.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from importlib.metadata import entry_points
+from typing import Any
+
+import click
+
+from event_bus.errors import BittenError
+from event_bus.settings import Settings
+from event_bus.version import __version__
+
+
+class CommandGroup(click.Group):
+    """Loads a command's module when the command is used, so that `bitten emit` starts fast."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(entry_points(group="bitten.commands").names)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        for entry in entry_points(group="bitten.commands", name=cmd_name):
+            command: click.Command = entry.load()
+            return command
+        return None
+
+
+@click.group(
+    cls=CommandGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Every option is also a variable (BITTEN_HOME, BITTEN_DB, …) and a line of "
+    "$BITTEN_HOME/config.yaml. Exit codes: 0 yes, 1 no (refused, lost), 2 wrong use, "
+    "3 the bus does not answer, 4 a file, port or lock is not to be had.",
+)
+@click.option("--home", help="Directory of all files.  [default: ~/.bitten]", metavar="DIR")
+@click.option("--db", help="The database.  [default: HOME/bitten_events.db]", metavar="FILE")
+@click.option("--events-url", help="Where the bus publishes.", metavar="URL")
+@click.option("--ingress-url", help="Where the bus takes events and requests.", metavar="URL")
+@click.option("--debug", is_flag=True, help="Log more, and show tracebacks of errors.")
+@click.version_option(__version__, prog_name="bitten")
+@click.pass_context
+def cli(ctx: click.Context, debug: bool, **flags: Any) -> None:
+    """An event bus for a trading system on one machine.
+
+    \b
+    bitten up                        start bus and collector here, until Ctrl-C
+    bitten emit user_action action=login user_id=7
+    bitten tail 'signal_*'           watch events as they happen
+    bitten query --type trade_executed --since 1h
+    bitten audit                     is anything lost?
+    bitten demo                      see it work on real candles
+    """
+    ctx.obj = Settings.load(**flags)
+    logging.Formatter.converter = time.gmtime
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.INFO,
+        format="%(asctime)sZ %(levelname)s %(name)s: %(message)s",
+        datefmt="%Y-%m-%dT%H:%M:%S",
+        stream=sys.stderr,
+        force=True,
+    )
+
+
+def main() -> None:
+    """Run the command line and exit with the code its epilog lists."""
+    debug = "--debug" in sys.argv
+    try:
+        code = cli.main(prog_name="bitten", standalone_mode=False)
+    except BittenError as e:
+        if debug:
+            raise
+        click.echo(f"bitten: {e}", err=True)
+        code = e.exit_code
+    except click.ClickException as e:
+        e.show()
+        code = e.exit_code
+    except click.Abort:
+        code = 130
+    except BrokenPipeError:  # `bitten query | head`
+        sys.stderr.close()
+        code = 141
+    sys.exit(code if isinstance(code, int) else 0)
+
+
