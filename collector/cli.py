@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 import click
 
+from collector.audit import audit as make_audit
 from collector.data_collector import DataCollector
+from event_bus.cli.output import When, clock, print_csv, print_json, print_table
 from event_bus.pm2 import notify_ready
 from event_bus.settings import Settings
 
@@ -28,3 +31,111 @@ def collect(settings: Settings) -> None:
 
     collector.run(on_ready=ready)
     log.info("stopped; %d events stored since the start", collector.stored)
+
+
+@click.command()
+@click.option("--type", "event_type", help="Of this event type only.", metavar="TYPE")
+@click.option("--since", type=When(), help="Not before: 15m, 1h, 7d, 2026-01-31, …")
+@click.option("--until", type=When(), help="Before: the same forms.")
+@click.option("--source", help="From this source only.")
+@click.option("--user-id", help="Of this user only.")
+@click.option("--correlation-id", help="Under this correlation id only.")
+@click.option("--symbol", help="On this symbol only.")
+@click.option("--limit", default=50, show_default=True, type=click.IntRange(min=1), help="At most.")
+@click.option("--json", "form", flag_value="json", help="One JSON object a line.")
+@click.option("--csv", "form", flag_value="csv", help="CSV with a header.")
+@click.pass_obj
+def query(
+    settings: Settings,
+    event_type: str | None,
+    since: float | None,
+    until: float | None,
+    source: str | None,
+    user_id: str | None,
+    correlation_id: str | None,
+    symbol: str | None,
+    limit: int,
+    form: str | None,
+) -> None:
+    """Show stored events, newest first.
+
+    \b
+    bitten query --type signal_generated --since 1h
+    bitten query --symbol EURUSD --limit 5 --json
+    bitten query --correlation-id trade-17 --csv > trade.csv
+
+    For anything more there is SQL: sqlite3 ~/.bitten/bitten_events.db "SELECT …".
+    """
+    events = DataCollector(settings=settings).query_events(
+        event_type=event_type,
+        start_time=since,
+        end_time=until,
+        source=source,
+        user_id=user_id,
+        correlation_id=correlation_id,
+        symbol=symbol,
+        limit=limit,
+    )
+    columns = [
+        *("seq", "event_id", "event_type", "timestamp", "received_at", "source"),
+        *("user_id", "correlation_id", "causation_id", "data"),
+    ]
+    shown = ("seq", "timestamp", "event_type", "source", "user_id", "data")
+    if form == "json":
+        for event in events:
+            print_json(event)
+    elif form == "csv":
+        print_csv(events, columns)
+    elif events:
+        print_table(
+            ("seq", "time", "type", "source", "user", "data"),
+            [[clock(e[c]) if c == "timestamp" else e[c] for c in shown] for e in events],
+        )
+    else:
+        click.echo("no events match", err=True)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_obj
+def stats(settings: Settings, as_json: bool) -> None:
+    """Count what is stored, by type, over the database's life."""
+    found = DataCollector(settings=settings).get_stats()
+    if as_json:
+        print_json(found)
+        return
+    print_table(("type", "events"), list(found["by_type"].items()))
+    click.echo(
+        f"\n{found['events_stored']} events stored, {found['events_rejected']} of them rejections,"
+        f" in {(found['database_bytes'] + found['wal_bytes']) / 1e6:.1f} MB: {found['database']}"
+    )
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_obj
+def audit(settings: Settings, as_json: bool) -> None:
+    """Is anything lost? Compares journal, database and spool.
+
+    Exit code 0: nothing is lost. 1: something is, and the last line says what.
+
+    \b
+    bitten audit
+    bitten audit --json | jq .lost
+    */10 * * * * bitten audit > /dev/null || mail -s 'events lost' me@example.org
+    """
+    ledger = make_audit(settings)
+    if as_json:
+        print_json(ledger)
+    else:
+        columns = ("producer", "source", "published", "stored", "dropped", "refused")
+        print_table(
+            (*columns, "last seen"),
+            [(*(p[c] for c in columns), clock(p["last_seen"])) for p in ledger["producers"]],
+        )
+        totals = ("published", "stored", "waiting", "spooled", "dropped", "rejected", "conflicts")
+        click.echo("\n" + ", ".join(f"{ledger[name]} {name}" for name in (*totals, "holes")))
+        if ledger["bus"] == "away":
+            click.echo("the bus is away; the journal was read as it lies")
+        click.echo(ledger["verdict"])
+    sys.exit(1 if ledger["lost"] else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 
@@ -10,6 +11,7 @@ import click
 from event_bus.broker import Broker
 from event_bus.pm2 import notify_ready
 from event_bus.settings import Settings
+from event_bus.supervisor import Supervisor
 
 log = logging.getLogger("bitten.bus")
 
@@ -19,19 +21,37 @@ log = logging.getLogger("bitten.bus")
 def bus(settings: Settings) -> None:
     """Run the event bus: take events in, keep them, publish them.
 
-    Stops on Ctrl-C or SIGTERM, once what has arrived is on disk and acknowledged. With pm2:
-    pm2 start pm2_config.json.
+    Stops on Ctrl-C or SIGTERM, once what has arrived is on disk and acknowledged.
+
+    \b
+    bitten bus                                   foreground
+    pm2 start pm2_config.json                    with the collector, kept alive
+    bitten --home /srv/bitten bus                files elsewhere
     """
     broker = Broker(settings)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: broker.stop())
     log.info(
-        "events out on %s, in on %s, journal %s from seq %d",
+        "events out on %s, in on %s; journal %s at seq %d",
         broker.events_url,
         broker.ingress_url,
         settings.journal,
-        broker.journal.last_seq + 1,
+        broker.journal.last_seq,
     )
     notify_ready()
     broker.run()
-    log.info("stopped after seq %d", broker.journal.last_seq)
+    log.info("stopped at seq %d", broker.journal.last_seq)
+
+
+@click.command()
+@click.pass_obj
+def up(settings: Settings) -> None:
+    """Run bus and collector in this terminal and restart them if they die. Ctrl-C stops both.
+
+    \b
+    bitten up
+    bitten --home /tmp/try up        a bus to play with
+    """
+    settings.make_home()
+    click.echo(f"bitten: home {settings.home}, database {settings.db}; Ctrl-C stops", err=True)
+    asyncio.run(Supervisor(settings).run())

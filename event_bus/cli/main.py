@@ -87,5 +87,3 @@ def main() -> None:
         sys.stderr.close()
         code = 141
     sys.exit(code if isinstance(code, int) else 0)
-
-

@@ -1,0 +1,170 @@
+"""`bitten schemas`: list, show and check event types."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from collector.reader import Reader
+from collector.relations import Relation
+from event_bus.cli.output import print_json, print_table, printable
+from event_bus.errors import RejectedEvent, SchemaError
+from event_bus.event_schema import EventType, Registry, check_schema, read_schema
+from event_bus.settings import Settings
+
+RECENT = 1_000
+"""Stored events of a type that a changed schema must still accept."""
+
+
+@click.group()
+def schemas() -> None:
+    """Event types: list, show, check.
+
+    A new type is one file, $BITTEN_HOME/schemas/my_event.json; docs/events.md says how.
+    """
+
+
+@schemas.command("list")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_obj
+def list_types(settings: Settings, as_json: bool) -> None:
+    """All known event types."""
+    registry = Registry(settings.schemas)
+    rows = [
+        {
+            "event_type": t.name,
+            "table": None if t.storage.live_only else t.table,
+            "required": t.schema.get("required", []),
+            "description": t.schema.get("description", ""),
+            "file": str(t.path),
+        }
+        for t in sorted(registry, key=lambda t: t.name)
+    ]
+    if as_json:
+        print_json(rows)
+    else:
+        print_table(
+            ("type", "table", "required fields"),
+            [
+                (r["event_type"], r["table"] or "(live only)", ", ".join(r["required"]))
+                for r in rows
+            ],
+        )
+    for problem in registry.problems:
+        click.echo(f"bitten: left out: {problem}", err=True)
+    sys.exit(1 if registry.problems else 0)
+
+
+@schemas.command("show")
+@click.argument("event_type", metavar="[TYPE]", required=False)
+@click.option("--markdown", is_flag=True, help="As a documentation page.")
+@click.pass_obj
+def show(settings: Settings, event_type: str | None, markdown: bool) -> None:
+    """The schema of one type, or a page on all of them with --markdown."""
+    registry = Registry(settings.schemas)
+    if event_type is not None and event_type not in registry.types:
+        raise SchemaError(
+            f"there is no event type {printable(event_type)}",
+            hint="`bitten schemas list` shows them",
+        )
+    if markdown:
+        names = [event_type] if event_type else sorted(registry.types)
+        click.echo("\n".join(_page(registry.types[name]) for name in names), nl=False)
+    elif event_type is None:
+        raise click.UsageError("name a type, or use --markdown for a page on all")
+    else:
+        click.echo(json.dumps(registry.types[event_type].schema, indent=2, ensure_ascii=False))
+
+
+@schemas.command("check")
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+@click.pass_obj
+def check(settings: Settings, files: tuple[Path, ...]) -> None:
+    """Check schema files before the bus uses them (default: all of $BITTEN_HOME/schemas).
+
+    Refuses what is no JSON Schema, what storage could not hold, and a change that would break
+    events already stored. Exit code 2 if anything is refused.
+    """
+    paths = files or tuple(sorted(settings.schemas.glob("*.json")))
+    problems = 0
+    for path in paths:
+        try:
+            event_type = read_schema(path)
+            check_schema(event_type)
+            _check_against_stored(settings, event_type)
+        except SchemaError as e:
+            problems += 1
+            click.echo(f"bitten: {e}", err=True)
+        else:
+            click.echo(f"{path}: good")
+    if not paths:
+        click.echo(f"no own event types in {settings.schemas}; the built-in ones are good")
+    sys.exit(2 if problems else 0)
+
+
+def _check_against_stored(settings: Settings, event_type: EventType) -> None:
+    """Raise SchemaError if stored events would no longer fit their columns or their schema."""
+    if not settings.db.exists():
+        return
+    with Reader(settings.db) as reader:
+        stored = reader.rows(
+            "SELECT definition FROM _relation JOIN _name ON id = type WHERE name = ?",
+            event_type.name,
+        )
+        for row in stored:
+            old = msgspec.json.decode(row["definition"], type=Relation)
+            for conflict in Relation.of(event_type).conflicts(old):
+                raise SchemaError(
+                    f"{event_type.path}: {conflict}", hint="give the changed type a new name"
+                )
+        for event in reader.query(event_type=event_type.name, limit=RECENT):
+            try:
+                event_type.check(event["data"])
+            except RejectedEvent as e:
+                raise SchemaError(
+                    f"{event_type.path}: the stored event {event['seq']} breaks it: {e}",
+                    hint="new rules need a new type; allow what was allowed",
+                ) from e
+
+
+def _page(event_type: EventType) -> str:
+    """One type's section of docs/events.md."""
+    required = event_type.schema.get("required", [])
+    storage = event_type.storage
+    where = f"Stored in `{event_type.table}`."
+    if storage.live_only:
+        where = "Published live only, never stored."
+    topic = f"`bitten.{event_type.name}{f'.<{storage.key}>' if storage.key else ''}`"
+    lines = [
+        f"## {event_type.name}",
+        "",
+        f"{event_type.schema.get('description', '')} Topic {topic}. {where}",
+        "",
+        "| field | type | | meaning |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, schema in event_type.properties.items():
+        need = "required" if name in required else ""
+        meaning = schema.get("description", "")
+        lines.append(f"| `{name}` | {_type_in_words(schema)} | {need} | {meaning} |")
+    for example in event_type.schema.get("examples", []):
+        lines += ["", "```json", json.dumps(example), "```"]
+    return "\n".join([*lines, ""])
+
+
+def _type_in_words(schema: dict[str, Any]) -> str:
+    if "enum" in schema:
+        return " or ".join(f"`{value}`" for value in schema["enum"])
+    kinds = schema.get("type", "any")
+    words = " or ".join([kinds] if isinstance(kinds, str) else kinds)
+    low, high, above = (schema.get(k) for k in ("minimum", "maximum", "exclusiveMinimum"))
+    if low is not None and high is not None:
+        return f"{words}, {low} to {high}"
+    if low is not None:
+        return f"{words}, at least {low}"
+    return f"{words}, above {above}" if above is not None else words

@@ -1,0 +1,243 @@
+"""`bitten emit`, `tail` and `status`: what a user does with the bus by hand."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import click
+import msgspec
+
+from event_bus.bridge import Bridge
+from event_bus.cli.output import When, clock, print_json, printable
+from event_bus.errors import BusUnavailable, RejectedEvent
+from event_bus.event_schema import EventType
+from event_bus.protocol import Client
+from event_bus.settings import Settings
+from event_bus.subscriber import Event, Subscriber
+
+FLUSH_S = 5.0
+MAX_WAITING = 20_000
+"""Events read from standard input ahead of the bus."""
+
+MAX_SHOWN = 72
+"""Characters of one value in a line of `tail`; --json shows all."""
+
+
+@click.command()
+@click.argument("event_type", metavar="TYPE")
+@click.argument("data", nargs=-1)
+@click.option("--user-id", help="The user concerned.")
+@click.option("--correlation-id", help="What this event belongs to.")
+@click.option("--causation-id", help="Id of the event that led to this one.")
+@click.option("--source", help="Who says so.  [default: bitten]")
+@click.option("--timestamp", type=float, help="When it happened, Unix seconds.  [default: now]")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.pass_obj
+def emit(
+    settings: Settings,
+    /,
+    event_type: str,
+    data: tuple[str, ...],
+    as_json: bool,
+    **fields: Any,
+) -> None:
+    """Publish an event, or many from standard input, one JSON object a line.
+
+    \b
+    bitten emit user_action action=login user_id=7
+    bitten emit market_data '{"symbol": "EURUSD", "bid": 1.0845, "ask": 1.0847}'
+    bitten emit market_data < ticks.ndjson
+
+    Exit code 0: all accepted. 1: some refused; rejected_events has them. 3: the bus is away; the
+    events wait in $BITTEN_HOME/spool and are delivered when it starts.
+    """
+    bridge = _Emitter(settings)
+    ids = []
+    for line, document in _documents(bridge, event_type, data):
+        before = len(bridge.refusals)
+        if isinstance(document, RejectedEvent):
+            bridge.refuse(document, event_type, document.value, {})
+        else:
+            ids.append(bridge.emit(event_type, document, **fields))
+        for refusal in bridge.refusals[before:]:
+            refusal["line"] = line
+            if not as_json:
+                where = f"line {line}: " if line else ""
+                click.echo(f"bitten: {where}{printable(refusal['reason'])}", err=True)
+        if bridge.stats()["waiting"] > MAX_WAITING:
+            bridge.flush(FLUSH_S)
+    delivered = bridge.flush(FLUSH_S)
+    bridge.close()
+    stats = bridge.stats()
+    accepted = [i for i in ids if i is not None]
+    if as_json:
+        print_json(
+            {
+                "event_ids": accepted,
+                "refused": bridge.refusals,
+                "refused_by_bus": stats["refused_by_bus"],
+                "delivered": delivered,
+            }
+        )
+    elif data:
+        for event_id in accepted:
+            click.echo(event_id)
+    else:
+        click.echo(f"{len(accepted)} events, {len(bridge.refusals)} refused")
+    if not delivered:
+        raise BusUnavailable(
+            f"the event bus at {settings.ingress_url} does not answer;"
+            f" {len(accepted)} events wait in {settings.spool}",
+            hint="they are delivered when it starts: `bitten up` or `pm2 start pm2_config.json`",
+        )
+    sys.exit(1 if bridge.refusals or stats["refused_by_bus"] else 0)
+
+
+class _Emitter(Bridge):
+    """A bridge that tells its one caller why an event was refused, instead of logging it."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        logging.getLogger("event_bus.bridge").setLevel(logging.ERROR)
+        self.source = settings.source or "bitten"
+        self.enabled = True
+        self.refusals: list[dict[str, Any]] = []
+
+    def refuse(self, error: Exception, event_type: Any, data: Any, fields: dict[str, Any]) -> None:
+        self.refusals.append({"reason": str(error)})
+        super().refuse(error, event_type, data, fields)
+
+
+def _documents(bridge: Bridge, event_type: str, data: tuple[str, ...]) -> Iterator[tuple[int, Any]]:
+    """(line number, document or what is wrong with it) of each event; line 0 is the command."""
+    if not data:
+        for number, line in enumerate(sys.stdin.buffer, 1):
+            if line.strip():
+                yield number, _parse(line)
+    elif len(data) == 1 and data[0].lstrip().startswith("{"):
+        yield 0, _parse(data[0].encode("utf-8", "surrogateescape"))
+    else:
+        known = bridge.registry.types.get(event_type)
+        yield 0, dict(_pair(text, known) for text in data)
+
+
+def _parse(text: bytes) -> Any:
+    try:
+        return msgspec.json.decode(text)
+    except (ValueError, RecursionError) as e:
+        shown = text.decode("utf-8", "backslashreplace").rstrip("\n")
+        return RejectedEvent(f"not JSON: {e}", rule="json", value=shown)
+
+
+def _pair(text: str, event_type: EventType | None) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise click.UsageError(f"{text!r}: expected key=value or one JSON object in quotes")
+    schema = event_type.properties.get(key, {}) if event_type else {}
+    if schema.get("type") == "string":
+        return key, value
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+@click.command()
+@click.argument("patterns", nargs=-1, metavar="[PATTERN]…")
+@click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave these types out.")
+@click.option("--since", type=When(), help="Begin in the past: 15m, 1h, 2026-01-31, …")
+@click.option("--from-seq", type=click.IntRange(min=1), help="Begin at this seq.")
+@click.option("--count", type=click.IntRange(min=1), help="Stop after this many events.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@click.pass_obj
+def tail(
+    settings: Settings,
+    patterns: tuple[str, ...],
+    ignore: tuple[str, ...],
+    since: float | None,
+    from_seq: int | None,
+    count: int | None,
+    as_json: bool,
+) -> None:
+    """Show events as they happen; Ctrl-C ends.
+
+    Patterns are event types with * and ?. None is left out, however fast they come.
+
+    \b
+    bitten tail
+    bitten tail 'signal_*' fire_command
+    bitten tail --ignore market_data --since 15m
+    bitten tail --json trade_executed | jq .data.ticket
+    """
+    start = from_seq if from_seq is not None else since if since is not None else "now"
+    with Subscriber(*patterns, ignore=ignore, start=start, settings=settings) as subscriber:
+        subscriber.connect()
+        if not as_json and sys.stderr.isatty():
+            click.echo("waiting for events; Ctrl-C ends", err=True)
+        try:
+            for event in itertools.islice(subscriber, count):
+                click.echo(msgspec.json.encode(event) if as_json else _line(event))
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            return
+
+
+def _line(event: Event) -> str:
+    data = " ".join(f"{printable(k)}={_short(v)}" for k, v in event.data.items())
+    who = printable(event.source) + (f" user={printable(event.user_id)}" if event.user_id else "")
+    moment = clock(event.timestamp, date=False)
+    return f"{event.seq:>8} {moment} {event.event_type:<17} {who:<14} {data}"
+
+
+def _short(value: Any) -> str:
+    text = printable(value)
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="The whole answer as JSON.")
+@click.pass_obj
+def status(settings: Settings, as_json: bool) -> None:
+    """Ask the bus how it is. Exit code 3 if it does not answer.
+
+    \b
+    bitten status
+    bitten status --json | jq .consumers
+    """
+    client = Client(settings.ingress_url)
+    answer = client.status()
+    client.close()
+    if as_json:
+        print_json(answer)
+        return
+    held = answer["last_seq"] - answer["first_seq"] + 1
+    rows = [
+        ("state", answer["state"]),
+        ("version", answer["version"]),
+        ("process", f"{answer['pid']}, up {answer['uptime_s']:.0f} s, epoch {answer['epoch']}"),
+        ("memory", f"{answer['memory_bytes'] / 1e6:.1f} MB"),
+        ("home", answer["home"]),
+        ("events out", answer["events_url"]),
+        ("events in", answer["ingress_url"]),
+        ("last seq", answer["last_seq"]),
+        ("journal", f"{held} events, {answer['journal_bytes'] / 1e6:.1f} MB"),
+        (
+            "since start",
+            f"{answer['accepted']} accepted, {answer['rejected']} rejected,"
+            f" {answer['duplicates']} duplicates, {answer['conflicts']} conflicts",
+        ),
+    ]
+    for name, consumer in answer["consumers"].items():
+        seen = clock(consumer["last_seen"])
+        rows.append((f"consumer {name}", f"lag {consumer['lag']} events, last seen {seen}"))
+    if not answer["consumers"]:
+        rows.append(("consumers", "none yet: is the collector running?"))
+    rows += [("schema problem", p) for p in answer["schema_problems"]]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        click.echo(f"{name:<{width}}  {printable(value)}")
