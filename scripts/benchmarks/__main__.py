@@ -1,0 +1,259 @@
+"""Measures the bus on this machine; see docs/performance.md for what each line means."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mix
+import psutil
+
+from collector.store import Store
+from event_bus import envelope
+from event_bus.envelope import Envelope
+from event_bus.event_schema import Registry
+from event_bus.subscriber import Batch
+
+HERE = Path(__file__).parent
+BATCH = 4_000
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+class Bench:
+    """A temporary home with bus and collector running, and what they cost."""
+
+    def __init__(self, home: Path, *, daemons: Sequence[str] = ("bus", "collect")) -> None:
+        self.home = home
+        self.db = home / "bitten_events.db"
+        self.environ = {
+            **os.environ,
+            "BITTEN_HOME": str(home),
+            "BITTEN_EVENTS_URL": f"tcp://127.0.0.1:{free_port()}",
+            "BITTEN_INGRESS_URL": f"tcp://127.0.0.1:{free_port()}",
+        }
+        self.daemons = {
+            name: psutil.Popen(
+                [sys.executable, "-m", "event_bus", name],
+                env=self.environ,
+                stderr=subprocess.DEVNULL,
+            )
+            for name in daemons
+        }
+
+    def start(self, script: str, *argv: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, str(HERE / script), *argv],
+            env=self.environ,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def publish(self, *argv: str) -> dict[str, Any]:
+        process = self.start("publisher.py", *argv)
+        result: dict[str, Any] = json.loads(process.communicate()[0])
+        return result
+
+    def wait_stored(self, count: int, timeout_s: float = 120.0) -> float:
+        """Unix seconds at which the database held that many events."""
+        deadline = time.time() + timeout_s
+        while True:
+            now = time.time()
+            if self.stored() >= count:
+                return now
+            if now > deadline:
+                raise SystemExit(f"only {self.stored()} of {count} events were stored")
+            time.sleep(0.002)
+
+    def stored(self) -> int:
+        try:
+            db = sqlite3.connect(f"file:{self.db}?mode=ro", uri=True)
+            with contextlib.closing(db):
+                return int(db.execute("SELECT coalesce(max(seq), 0) FROM _event").fetchone()[0])
+        except sqlite3.OperationalError:
+            return 0  # not made yet
+
+    def close(self) -> None:
+        for process in self.daemons.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in self.daemons.values():
+            process.wait(20)
+
+
+@contextlib.contextmanager
+def bench(*, daemons: Sequence[str] = ("bus", "collect")) -> Iterator[Bench]:
+    with tempfile.TemporaryDirectory(prefix="bitten-bench-") as directory:
+        made = Bench(Path(directory), daemons=daemons)
+        try:
+            if "collect" in daemons:
+                made.wait_stored(1)  # the bus's own first event
+            yield made
+        finally:
+            made.close()
+
+
+def end_to_end(count: int) -> dict[str, float]:
+    """Events/s from the first publish to the last commit, and what is left behind."""
+    with bench() as b:
+        before = b.stored()
+        published = b.publish(str(count))
+        stored_at = b.wait_stored(before + count + 1)
+        memory = {name: p.memory_info().rss / 1e6 for name, p in b.daemons.items()}
+        b.close()
+        return {
+            "rate": count / (stored_at - published["started"]),
+            "acked_rate": count / published["acked_after_s"],
+            "bytes": b.db.stat().st_size / (before + count + 1),
+            "bus_mb": memory["bus"],
+            "collector_mb": memory["collect"],
+        }
+
+
+def store_alone(count: int) -> float:
+    """Events/s at which the collector's store takes the same events from memory."""
+    token = envelope.new_producer()
+    lines = [
+        envelope.encode(
+            Envelope(
+                event_id=f"{token}-{i + 1}",
+                event_type=event_type,
+                timestamp=time.time(),
+                source="publisher",
+                data=data,
+                **fields,
+            )
+        )
+        for i, (event_type, data, fields) in enumerate(mix.events(min(count, 20_000)))
+    ]
+    pool = [
+        envelope.decode_lines(b"\n".join(lines[i : i + BATCH])) for i in range(0, len(lines), BATCH)
+    ]
+    with tempfile.TemporaryDirectory(prefix="bitten-bench-") as directory:
+        store = Store(Path(directory) / "bitten_events.db", Registry())
+        seq = 1
+        begin = time.monotonic()
+        while seq <= count:
+            events = pool[(seq // BATCH) % len(pool)]
+            store.write([Batch(seq, time.time(), events)], "bench")
+            seq += len(events)
+        elapsed = time.monotonic() - begin
+        store.close()
+    return (seq - 1) / elapsed
+
+
+def call_times(count: int, rate: float, *, away: bool) -> dict[str, float]:
+    """Microseconds that a bridge call takes in the caller's thread."""
+    with bench(daemons=() if away else ("bus", "collect")) as b:
+        arguments = [str(count), str(rate), *(["--away"] if away else [])]
+        ns = b.publish(*arguments)["call_ns"]
+    return {f"p{p:g}": percentile(ns, p) / 1000 for p in (50, 99, 99.9)}
+
+
+def latency(kind: str, count: int, rate: float) -> dict[str, float]:
+    """Milliseconds from a bridge call to the subscriber's hands."""
+    with bench() as b:
+        subscriber = b.start("subscriber.py", kind, str(count))
+        assert subscriber.stdout is not None
+        subscriber.stdout.readline()
+        b.publish(str(count), str(rate))
+        seconds = json.loads(subscriber.communicate()[0])
+    return {f"p{p:g}": percentile(seconds, p) * 1000 for p in (50, 99)}
+
+
+def idle(seconds: float) -> dict[str, float]:
+    """Percent of one core that each daemon takes while nothing happens."""
+    with bench() as b:
+        for p in b.daemons.values():
+            p.cpu_percent()
+        time.sleep(seconds)
+        return {name: p.cpu_percent() for name, p in b.daemons.items()}
+
+
+def percentile(ordered: Sequence[float], p: float) -> float:
+    return ordered[min(len(ordered) - 1, int(len(ordered) * p / 100))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--short", action="store_true", help="a minute, for checking that it works")
+    parser.add_argument("--events", type=int, help="events a round end to end")
+    parser.add_argument("--rounds", type=int, help="rounds; medians are shown")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
+    options = parser.parse_args()
+    count = options.events or (50_000 if options.short else 1_000_000)
+    rounds = options.rounds or (1 if options.short else 3)
+    calls = 5_000 if options.short else 50_000
+    results: dict[str, Any] = {"events": count, "rounds": rounds}
+    runs, alone = [], []
+    for _ in range(rounds):  # interleaved, so that a slow minute slows both
+        runs.append(end_to_end(count))
+        alone.append(store_alone(min(count, 300_000)))
+    results["end_to_end"] = runs
+    results["store_alone"] = alone
+    results["call_up"] = call_times(calls, 5_000, away=False)
+    results["call_away"] = call_times(calls, 5_000, away=True)
+    results["to_sub_socket"] = latency("pub", calls // 5, 1_000)
+    results["to_subscriber"] = latency("fetch", calls // 5, 1_000)
+    results["idle"] = idle(3 if options.short else 20)
+    _print(results)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def _print(results: dict[str, Any]) -> None:
+    runs = results["end_to_end"]
+
+    def spread(values: Sequence[float], form: str = ",.0f") -> str:
+        middle = statistics.median(values)
+        return f"{middle:{form}}  ({min(values):{form}} to {max(values):{form}})"
+
+    rate = [r["rate"] for r in runs]
+    alone = results["store_alone"]
+    ratio = [a / b for a, b in zip(rate, alone, strict=True)]
+    up, away = results["call_up"], results["call_away"]
+    pub, fetch = results["to_sub_socket"], results["to_subscriber"]
+    rows = [
+        ("end to end, fsync before ack, events/s", spread(rate)),
+        ("  acknowledged, events/s", spread([r["acked_rate"] for r in runs])),
+        ("store alone from memory, events/s", spread(alone)),
+        ("  end to end / store alone", spread(ratio, ".2f")),
+        ("database, bytes an event", spread([r["bytes"] for r in runs], ".1f")),
+        ("bus after the run, MB", spread([r["bus_mb"] for r in runs], ".1f")),
+        ("collector after the run, MB", spread([r["collector_mb"] for r in runs], ".1f")),
+        ("bridge call, bus up, µs", _percentiles(up)),
+        ("bridge call, bus away, µs", _percentiles(away)),
+        ("publish to SUB socket at 1,000/s, ms", _percentiles(pub, ".2f")),
+        ("publish to Subscriber at 1,000/s, ms", _percentiles(fetch, ".2f")),
+        (
+            "idle, percent of a core",
+            f"bus {results['idle']['bus']:.1f}  collector {results['idle']['collect']:.1f}",
+        ),
+    ]
+    print(f"{results['events']:,} events a round, {results['rounds']} rounds: median (min to max)")
+    for name, value in rows:
+        print(f"{name:<42} {value}")
+
+
+def _percentiles(values: dict[str, float], form: str = ".1f") -> str:
+    return "  ".join(f"{name} {value:{form}}" for name, value in values.items())
+
+
+main()
