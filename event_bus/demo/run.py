@@ -1,0 +1,298 @@
+"""Orchestration: daemons and publishers as processes in a temporary home, then the check."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import event_bus
+from event_bus.demo import queries
+from event_bus.demo.queries import Answer, Query
+from event_bus.errors import BittenError, BusUnavailable, SettingsError, StartError
+from event_bus.protocol import Client
+from event_bus.settings import Settings
+from event_bus.supervisor import _die_with_parent
+
+ROLES = ("market_feed", "strategy")
+TIME_LIMIT_S = 60.0
+STOP_S = 12.0
+TURN_S = 0.05
+LOG = "demo.log"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What the demo did. `published` and `stored` are counts by event type of the two publishers'
+    events, `other` counts by (event type, source) what else is stored; `audit` is the answer of
+    `bitten audit --json`; `first` and `last` are the candles' own times, Unix seconds."""
+
+    candles: int
+    first: float
+    last: float
+    seconds: float
+    published: dict[str, int]
+    stored: dict[str, int]
+    sources: dict[str, str]
+    other: dict[tuple[str, str], int]
+    reports: list[dict[str, Any]]
+    audit: dict[str, Any]
+    answers: list[tuple[Query, Answer]] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        """Events in the database."""
+        return sum(self.stored.values()) + sum(self.other.values())
+
+    @property
+    def complete(self) -> bool:
+        """Every event taken by a bridge is stored, under its type, and the audit agrees."""
+        taken = all(not (r["waiting"] or r["dropped"] or r["refused"]) for r in self.reports)
+        return (
+            taken
+            and self.published == self.stored
+            and self.audit["published"] == self.audit["stored"] == self.total
+            and self.audit["lost"] == 0
+        )
+
+
+class Demo:
+    """A home with a bus, a collector and two publishers of its own. Use as a context manager:
+    leaving it stops the processes and removes the home unless `keep`.
+
+    `settings` of the caller play no part: neither home, ports nor variables. Raises SettingsError
+    if the candles' package is missing, BittenError if a process fails or time runs out.
+    """
+
+    def __init__(self, *, candles: int | None = None, keep: bool = False) -> None:
+        if importlib.util.find_spec("backtesting") is None:
+            raise SettingsError(
+                "the demo's candles are in the package backtesting, which is not installed",
+                hint="pip install 'bitten-event-bus[demo]'",
+            )
+        self._candles = candles
+        self._keep = keep
+        self._deadline = time.monotonic() + TIME_LIMIT_S
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Demo:
+        self.home = Path(tempfile.mkdtemp(prefix="bitten-demo-"))
+        events_port, ingress_port = _free_ports()
+        self._environ = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("BITTEN_")},
+            "BITTEN_HOME": str(self.home),
+            "BITTEN_EVENTS_URL": f"tcp://127.0.0.1:{events_port}",
+            "BITTEN_INGRESS_URL": f"tcp://127.0.0.1:{ingress_port}",
+        }
+        if Path.cwd() != Path(event_bus.__file__).parents[1]:
+            # `python -m` looks here first, and legacy folders are called event_bus too.
+            self._environ["PYTHONSAFEPATH"] = "1"
+        self.settings = Settings.load(environ=self._environ)
+        self._client = Client(self.settings.ingress_url)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with _interrupts_held():
+            self._client.close()
+            for process in reversed(self._processes):
+                process.terminate()
+            for process in reversed(self._processes):
+                try:
+                    process.wait(STOP_S)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+                if process.stdout:
+                    process.stdout.close()
+            if not self._keep:
+                shutil.rmtree(self.home, ignore_errors=True)
+
+    def start(self) -> None:
+        """Start `bitten up` and wait until the bus answers and the collector has asked it."""
+        up = self._popen("-m", "event_bus", "up")
+        while not self._next_seq():
+            self._turn(up, "the bus does not start")
+
+    def replay(self, on_progress: Callable[[int, int], None]) -> Result:
+        """Publish from two processes and wait until all is stored.
+
+        `on_progress` is called with the number of events stored and planned (0 until known), some
+        20 times a second and once at the end.
+        """
+        up = self._processes[0]
+        began = time.monotonic()
+        until = time.time()
+        publishers = {role: self._publisher(role, until) for role in ROLES}
+        lines: dict[str, list[bytes]] = {role: [] for role in ROLES}
+        planned = 0
+        with selectors.DefaultSelector() as selector:
+            for role, process in publishers.items():
+                assert process.stdout is not None
+                selector.register(process.stdout, selectors.EVENT_READ, role)
+            while selector.get_map():
+                for key, _ in selector.select(TURN_S):
+                    line = publishers[key.data].stdout.readline()  # type: ignore[union-attr]
+                    if line:
+                        lines[key.data].append(line)
+                    else:
+                        selector.unregister(key.fileobj)
+                self.planned = sum(
+                    msgspec.json.decode(got[0])["events"] for got in lines.values() if got
+                )
+                on_progress(self._next_seq() - 1, planned)
+                self._check(up, "the bus stopped")
+        for role, process in publishers.items():
+            if process.wait(STOP_S) or len(lines[role]) != 2:
+                raise BittenError(f"the publisher {role} failed: {self._last_log_line()}")
+        last_seq = self._client.status()["last_seq"]
+        while (next_seq := self._next_seq()) <= last_seq:
+            on_progress(next_seq - 1, planned)
+            self._turn(up, "the collector does not store")
+        on_progress(last_seq, planned)
+        seconds = time.monotonic() - began
+        plan = msgspec.json.decode(lines[ROLES[0]][0])
+        reports = [msgspec.json.decode(lines[role][1]) for role in ROLES]
+        return self._result(plan, reports, seconds)
+
+    def _result(
+        self, plan: dict[str, Any], reports: list[dict[str, Any]], seconds: float
+    ) -> Result:
+        db = self.settings.db
+        audit = self._audit()
+        published: Counter[str] = Counter()
+        sources = {}
+        for report in reports:
+            published.update(report["published"])
+            sources.update(dict.fromkeys(report["published"], report["source"]))
+        counted = queries.run(
+            db,
+            "SELECT event_type, source, count(*) FROM events"
+            f" WHERE seq <= {audit['published']} GROUP BY 1, 2 ORDER BY 3 DESC",
+        )
+        stored: dict[str, int] = {}
+        other: dict[tuple[str, str], int] = {}
+        for event_type, source, count in counted.rows:
+            if sources.get(str(event_type)) == source:
+                stored[str(event_type)] = int(str(count))
+            else:
+                other[str(event_type), str(source)] = int(str(count))
+        asked = [queries.PATTERN_PROFIT, queries.DAILY_RANGE, queries.trade_story(db)]
+        return Result(
+            candles=plan["candles"],
+            first=plan["first"],
+            last=plan["last"],
+            seconds=seconds,
+            published=dict(published),
+            stored=stored,
+            sources=sources,
+            other=other,
+            reports=reports,
+            audit=audit,
+            answers=[(q, queries.run(db, q.sql)) for q in asked if q],
+        )
+
+    def _audit(self) -> dict[str, Any]:
+        """The audit, again while an event is on its way: the bus reports its health."""
+        while True:
+            done = subprocess.run(
+                [sys.executable, "-m", "event_bus", "audit", "--json"],
+                env=self._environ,
+                capture_output=True,
+                timeout=TIME_LIMIT_S,
+                check=False,
+            )
+            try:
+                ledger: dict[str, Any] = msgspec.json.decode(done.stdout)
+            except msgspec.DecodeError as e:
+                reason = done.stderr.decode(errors="replace").strip()
+                raise BittenError(f"the audit failed, code {done.returncode}: {reason}") from e
+            if not ledger["waiting"]:
+                return ledger
+            self._turn(self._processes[0], "the collector does not store")
+
+    def _popen(
+        self, *argv: str, stdout: int | None = None, source: str = ""
+    ) -> subprocess.Popen[bytes]:
+        with (self.home / LOG).open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, *argv],
+                env=self._environ | {"BITTEN_SOURCE": source},
+                stdin=subprocess.DEVNULL,
+                stdout=stdout or log,
+                stderr=log,
+                start_new_session=True,  # a Ctrl-C is for us; we tell the others
+                preexec_fn=_die_with_parent,
+            )
+        self._processes.append(process)
+        return process
+
+    def _publisher(self, role: str, until: float) -> subprocess.Popen[bytes]:
+        argv = ["-m", "event_bus.demo.publisher", role, "--until", repr(until)]
+        if self._candles:
+            argv += ["--candles", str(self._candles)]
+        return self._popen(*argv, stdout=subprocess.PIPE, source=role)
+
+    def _next_seq(self) -> int:
+        """The first seq that the collector has not stored; 0 while it or the bus is not there."""
+        try:
+            consumers = self._client.status(timeout_s=0.5)["consumers"]
+        except BusUnavailable:
+            return 0
+        return min((consumer["next_seq"] for consumer in consumers.values()), default=0)
+
+    def _turn(self, up: subprocess.Popen[bytes], problem: str) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            up.wait(TURN_S)
+        self._check(up, problem)
+
+    def _check(self, up: subprocess.Popen[bytes], problem: str) -> None:
+        if up.poll() is not None:
+            raise StartError(f"{problem}: {self._last_log_line()}")
+        if time.monotonic() > self._deadline:
+            raise BusUnavailable(
+                f"{problem} within {TIME_LIMIT_S:g} s: {self._last_log_line()}",
+                hint=f"`bitten demo --keep` leaves its log, {LOG}, in the home it names",
+            )
+
+    def _last_log_line(self) -> str:
+        lines = (self.home / LOG).read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it left no message"
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Any:
+    """Let nothing cut the cleaning up short; it ends by itself."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _free_ports() -> tuple[int, int]:
+    """Two loopback ports that nobody listens on."""
+    with socket.socket() as a, socket.socket() as b:
+        a.bind(("127.0.0.1", 0))
+        b.bind(("127.0.0.1", 0))
+        return a.getsockname()[1], b.getsockname()[1]
