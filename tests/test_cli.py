@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import signal
+import sqlite3
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -113,8 +114,9 @@ def test_control_characters_of_an_event_do_not_reach_the_terminal(filled: System
     filled.wait_stored()
     tail = filled.bitten("tail", "user_action", "--from-seq", "1", "--count", "2").stdout
     query = filled.bitten("query", "--type", "user_action").stdout
+    assert "\\x1b[2J" in tail
+    assert "\\u001b[2J" in query
     for text in (tail, query):
-        assert "\\x1b[2J" in text
         assert not set(text) & set("\x1b\r\u202e")
     assert len(tail.splitlines()) == 2
 
@@ -168,8 +170,6 @@ def test_audit_names_what_is_missing(filled: System) -> None:
     for process in filled.processes:
         process.send_signal(signal.SIGTERM)
         process.wait()
-    import sqlite3
-
     with sqlite3.connect(filled.db) as db:
         db.execute("DELETE FROM _event WHERE seq IN (2, 3)")
     done = filled.bitten("audit")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 import venv
@@ -38,6 +39,7 @@ def test_imports_go_one_way(package: str) -> None:
 
 
 def test_wheel_in_a_clean_environment_carries_schemas_and_commands(tmp_path: Path) -> None:
+    environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
     done = subprocess.run(build, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -45,7 +47,7 @@ def test_wheel_in_a_clean_environment_carries_schemas_and_commands(tmp_path: Pat
     env = tmp_path / "env"
     venv.create(env, with_pip=True)
     pip = [str(env / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, str(wheel)], check=True)
+    subprocess.run([*pip, str(wheel)], check=True, env=environ)
     clean = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     listed = subprocess.run(
         [env / "bin" / "bitten", "schemas", "list"],

@@ -15,7 +15,10 @@ def children(pid: int) -> dict[str, psutil.Process]:
     """The daemons below a process, by command."""
     found = {}
     for child in psutil.Process(pid).children(recursive=True):
-        command = child.cmdline()
+        try:
+            command = child.cmdline()
+        except psutil.NoSuchProcess:  # it ended just now
+            continue
         if command and command[-1] in ("bus", "collect"):
             found[command[-1]] = child
     return found
