@@ -10,23 +10,34 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from collector.reader import Reader
-from collector.store import Store
+from collector.store import DatabaseUnavailable, Store
 from event_bus import protocol
-from event_bus.errors import BusRefused, BusUnavailable, DatabaseError
+from event_bus.errors import BusRefused, BusUnavailable, DatabaseError, StartError, TrimmedRange
 from event_bus.event_schema import Registry
 from event_bus.lock import FileLock
-from event_bus.protocol import Client
+from event_bus.protocol import Client, FetchRequest
 from event_bus.settings import Settings
-from event_bus.subscriber import PATIENCE_S, Batch, Cursor
+from event_bus.subscriber import Batch, Cursor
 
 log = logging.getLogger(__name__)
 
 CONSUMER = "data_collector"
+POLL_MS = 1_000
+PATIENCE_S = POLL_MS / 1000 + 2.0
+"""When an answer is later than this, the bus is away and is asked again on a new connection."""
+
+CLAIM_S = 1.0
+"""How often a busy collector tells the bus how far it has stored."""
+
 RETRY_S = 1.0
 ALARM_S = 30.0
+
+_Result = TypeVar("_Result")
 
 
 class DataCollector:
@@ -35,18 +46,23 @@ class DataCollector:
     `db_path` is the database (default BITTEN_DB, then `$BITTEN_HOME/bitten_events.db`).
     """
 
-    def __init__(self, db_path: str | Path | None = None, *, settings: Settings | None = None) -> None:
+    def __init__(
+        self, db_path: str | Path | None = None, *, settings: Settings | None = None
+    ) -> None:
         self._settings = settings or Settings.load(db=db_path)
         self._stop = threading.Event()
-        self._wake_receive, self._wake_send = socket.socketpair()
-        self._wake_send.setblocking(False)
+        self._wake: socket.socket | None = None
         self.stored = 0
+        """Events stored by `run` of this object."""
 
     def get_stats(self) -> dict[str, Any]:
-        """Counts over the database's life: `events_received`, `events_stored`,
-        `events_rejected`, `last_seq`, `by_type`, and the sizes in bytes of database and WAL.
+        """Counts over the database's life, and its sizes in bytes.
 
-        Raises DatabaseError if there is no database yet.
+        `events_stored` are in the database; `events_received` are those and the ones that came
+        once more and were left out. `events_rejected` are the bus's refusals among them, `by_type`
+        has the stored ones of each type. `gaps` lists the ranges (`first_seq`, `last_seq`,
+        `found_at`) that the journal no longer had when the collector asked for them. Raises
+        DatabaseError if there is no database yet.
         """
         with Reader(self._settings.db) as reader:
             return reader.stats()
@@ -81,10 +97,11 @@ class DataCollector:
             )
 
     def stop(self) -> None:
-        """Make `run` return once what it has fetched is stored."""
+        """Make `run` return once what it has fetched is stored, or at once if that has to wait."""
         self._stop.set()
-        with contextlib.suppress(BlockingIOError):
-            self._wake_send.send(b"\0")
+        if self._wake is not None:
+            with contextlib.suppress(OSError):  # full or closed: it is awake
+                self._wake.send(b"\0")
 
     def run(self, *, on_ready: Callable[[], None] = lambda: None) -> None:
         """Store events until `stop`, or SIGINT or SIGTERM in the main thread.
@@ -97,61 +114,133 @@ class DataCollector:
                 signal.signal(number, lambda *_: self.stop())
         settings = self._settings
         settings.make_home()
-        lock = FileLock(Path(f"{settings.db}.lock"), "a collector")
-        registry = Registry(settings.schemas)
-        registry.verify()
-        store = Store(settings.db, registry)
-        client = Client(settings.ingress_url, interrupt_fd=self._wake_receive.fileno())
-        try:
+        if not settings.db.parent.is_dir():
+            raise StartError(
+                f"there is no directory {settings.db.parent} for the database",
+                hint="create it, or set BITTEN_DB to a file elsewhere",
+            )
+        with contextlib.ExitStack() as closing:
+            lock = FileLock(Path(f"{settings.db}.lock"), "a collector")
+            closing.callback(lock.close)
+            wake, self._wake = socket.socketpair()
+            self._wake.setblocking(False)
+            closing.enter_context(wake)
+            closing.enter_context(self._wake)
+            registry = Registry(settings.schemas)
+            _verify(registry)
+            store = self._persist(lambda: Store(settings.db, registry))
+            if store is None:
+                return
+            closing.callback(store.close)
+            client = Client(settings.ingress_url, interrupt_fd=wake.fileno())
+            closing.callback(client.close)
             on_ready()
             self._collect(client, store, registry)
-        finally:
-            client.close()
-            store.close()
-            lock.close()
 
     def _collect(self, client: Client, store: Store, registry: Registry) -> None:
-        cursor = Cursor(next_seq=store.last_seq + 1, consumer=CONSUMER, wait_ms=1_000)
-        request = client.send(protocol.FETCH, cursor.request())
-        away = False
+        cursor = Cursor(next_seq=store.last_seq + 1)
+        request = client.send(protocol.FETCH, _fetch(cursor, consumer=CONSUMER))
+        claimed_at = time.monotonic()
+        alarm_at = 0.0
         while not self._stop.is_set():
+            store.check_file()
             try:
-                frames = client.receive(request, PATIENCE_S)
-                batches = cursor.take(frames)
+                batches = self._receive(client, request, cursor, store)
             except InterruptedError:
                 return
             except (BusUnavailable, BusRefused) as e:
-                if not away:
-                    log.warning("%s", e)
-                away = True
-                self._stop.wait(0 if isinstance(e, BusUnavailable) else RETRY_S)
                 batches = []
+                if time.monotonic() >= alarm_at:
+                    log.warning("%s", e)
+                    alarm_at = time.monotonic() + ALARM_S
+                self._stop.wait(RETRY_S if isinstance(e, BusRefused) else 0)
             else:
-                if away:
+                if alarm_at:
                     log.info("the event bus answers again")
-                away = False
-            # Asked for before this batch is stored: the broker reads while we write. The
-            # cursor that the broker keeps for us lags one answer behind what is stored.
-            request = client.send(protocol.FETCH, cursor.request())
+                alarm_at = 0.0
+            # To ask as a consumer says that everything before is stored: the bus may then trim
+            # it. In between we ask without our name, ahead, and the bus reads while we write.
+            claim = not batches or time.monotonic() >= claimed_at + CLAIM_S
+            if not claim:
+                request = client.send(protocol.FETCH, _fetch(cursor))
             if batches:
                 if registry.refresh():
-                    registry.verify()
-                    store.learn(registry)
-                self._store(store, batches, cursor.journal_id)
+                    _verify(registry)
+                    self._persist(lambda: store.learn(registry))
+                stored = self._persist(lambda: store.write(batches, cursor.journal_id))  # noqa: B023
+                if stored is None:
+                    return
+                self.stored += stored
+            if claim:
+                request = client.send(protocol.FETCH, _fetch(cursor, consumer=CONSUMER))
+                claimed_at = time.monotonic()
 
-    def _store(self, store: Store, batches: list[Batch], journal_id: str) -> None:
-        """Write until it succeeds: an analyst's lock or a full disk passes."""
-        since = alarm_at = time.monotonic()
+    def _receive(self, client: Client, request: bytes, cursor: Cursor, store: Store) -> list[Batch]:
+        try:
+            batches = cursor.take(client.receive(request, PATIENCE_S))
+        except TrimmedRange as e:
+            journal_id = client.status(PATIENCE_S)["journal_id"]
+            store.check_journal(journal_id)
+            self._skip(e.first_seq, cursor, store, journal_id)
+            return []
+        _check_journal(cursor, store)
+        return batches
+
+    def _skip(self, first_seq: int, cursor: Cursor, store: Store, journal_id: str) -> None:
+        """Go on at the first event that there is, and keep account of those that there are not."""
+        first, last = store.last_seq + 1, first_seq - 1
+
+        def record() -> bool:
+            store.record_gap(first, last, journal_id)
+            return True
+
+        if self._persist(record):
+            cursor.next_seq = first_seq
+            log.error(
+                "events %d to %d can no longer be stored: the journal begins at %d; to keep more, "
+                "raise journal_max_age_s and journal_max_bytes",
+                *(first, last, first_seq),
+            )
+
+    def _persist(self, action: Callable[[], _Result]) -> _Result | None:
+        """Try until it succeeds: an analyst's lock or a full disk passes. None after `stop`."""
+        since = time.monotonic()
+        alarm_at = since
         while True:
             try:
-                self.stored += store.write(batches, journal_id)
-                return
-            except DatabaseError as e:
-                if store.journal_id not in (None, journal_id):
-                    raise
+                result = action()
+            except DatabaseUnavailable as e:
                 now = time.monotonic()
                 if now >= alarm_at:
                     log.warning("%s (for %.0f s now)", e, now - since)
                     alarm_at = now + ALARM_S
                 if self._stop.wait(RETRY_S):
-                    return
+                    return None
+            else:
+                if alarm_at > since:
+                    log.info("the database can be written again")
+                return result
+
+
+def _fetch(cursor: Cursor, consumer: str | None = None) -> bytes:
+    request = FetchRequest(from_seq=cursor.next_seq, wait_ms=POLL_MS, consumer=consumer)
+    return msgspec.json.encode(request)
+
+
+def _check_journal(cursor: Cursor, store: Store) -> None:
+    """Raise DatabaseError if the bus's journal is not the one that the database was filled from."""
+    store.check_journal(cursor.journal_id)
+    if cursor.next_seq is not None and cursor.last_seq < cursor.next_seq - 1:
+        raise DatabaseError(
+            f"{store.path} has events up to {store.last_seq}, the bus's journal ends at "
+            f"{cursor.last_seq}: it was replaced by an older copy",
+            hint="restore the newer journal.db, or move the database aside to begin a new one",
+        )
+
+
+def _verify(registry: Registry) -> None:
+    """Leave out own types that cannot be used, and say which."""
+    registry.verify()
+    for problem in registry.problems:
+        log.error("event type left out: %s", problem)
+    registry.problems.clear()

@@ -9,7 +9,8 @@ from typing import Any
 import apsw
 import msgspec
 
-from collector.store import check_version
+from collector.relations import Relation
+from collector.store import check_version, is_blank
 from event_bus.errors import DatabaseError
 
 BUSY_TIMEOUT_MS = 5_000
@@ -21,16 +22,24 @@ class Reader:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.exists():
-            raise DatabaseError(
-                f"there is no database at {path} yet",
-                hint="start the collector: `bitten up`, `bitten collect` or `pm2 start pm2_config.json`",
-            )
+            raise self._nothing()
         try:
             self.db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
             self.db.set_busy_timeout(BUSY_TIMEOUT_MS)
-            check_version(self.db, path)
+            blank = is_blank(self.db)
         except apsw.Error as e:
-            raise DatabaseError(f"cannot read {path}: {e}", hint="check its owner and rights") from e
+            raise DatabaseError(
+                f"cannot read {path}: {e}", hint="check its owner and rights"
+            ) from e
+        if blank:
+            raise self._nothing()
+        check_version(self.db, path)
+
+    def _nothing(self) -> DatabaseError:
+        return DatabaseError(
+            f"there is no database at {self.path} yet",
+            hint="start the collector with `bitten up`, `bitten collect` or pm2",
+        )
 
     def query(
         self,
@@ -63,34 +72,38 @@ class Reader:
         sql = "SELECT * FROM events"
         if conditions:
             sql += f" WHERE {' AND '.join(conditions)}"
-        return [self._event(row) for row in self.rows(f"{sql} ORDER BY seq DESC LIMIT ?", *values, limit)]
+        events = self.rows(f"{sql} ORDER BY seq DESC LIMIT ?", *values, limit)
+        return [event | {"data": msgspec.json.decode(event["data"])} for event in events]
 
     def rows(self, sql: str, *values: Any) -> list[dict[str, Any]]:
         """The rows of a query as dictionaries. Raises DatabaseError."""
         try:
             cursor = self.db.execute(sql, values)
-            return [
-                dict(zip((d[0] for d in cursor.get_description()), row, strict=True))
-                for row in cursor
-            ]
+            result = []
+            names: list[str] = []
+            for row in cursor:
+                names = names or [d[0] for d in cursor.get_description()]
+                result.append(dict(zip(names, row, strict=True)))
+            return result
         except apsw.Error as e:
             raise DatabaseError(f"cannot read {self.path}: {e}") from e
 
     def stats(self) -> dict[str, Any]:
+        """See DataCollector.get_stats."""
         by_type = {
             row["name"]: row["stored"]
             for row in self.rows(
                 "SELECT name, stored FROM _count JOIN _name ON id = type ORDER BY stored DESC"
             )
         }
-        stored = sum(by_type.values())
-        last = self.rows("SELECT max(seq) AS seq FROM _event")[0]["seq"] or 0
+        received = self.rows("SELECT value FROM _meta WHERE key = 'events_received'")
         wal = Path(f"{self.path}-wal")
         return {
-            "events_received": stored,
-            "events_stored": stored,
+            "events_received": received[0]["value"] if received else 0,
+            "events_stored": sum(by_type.values()),
             "events_rejected": by_type.get("event_rejected", 0),
-            "last_seq": last,
+            "last_seq": self.rows("SELECT max(seq) AS seq FROM _event")[0]["seq"] or 0,
+            "gaps": self.rows("SELECT first_seq, last_seq, found_at FROM _gap ORDER BY first_seq"),
             "by_type": by_type,
             "database": str(self.path),
             "database_bytes": self.path.stat().st_size,
@@ -99,18 +112,15 @@ class Reader:
         }
 
     def _tables_with(self, column: str, event_type: str | None) -> list[str]:
-        found = []
-        for row in self.rows("SELECT definition FROM _relation"):
-            relation = msgspec.json.decode(row["definition"])
-            if event_type in (None, relation["event_type"]) and any(
-                c["name"] == column for c in relation["columns"]
-            ):
-                found.append(relation["table"])
-        return found
-
-    @staticmethod
-    def _event(row: dict[str, Any]) -> dict[str, Any]:
-        return row | {"data": msgspec.json.decode(row["data"])}
+        relations = [
+            msgspec.json.decode(row["definition"], type=Relation)
+            for row in self.rows("SELECT definition FROM _relation")
+        ]
+        return [
+            r.table
+            for r in relations
+            if event_type in (None, r.event_type) and column in {c.name for c in r.columns}
+        ]
 
     def close(self) -> None:
         self.db.close()

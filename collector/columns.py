@@ -1,0 +1,144 @@
+"""Values of events by column, and which events the columns cannot give back exactly. Pure."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from collector.relations import Relation
+
+Names = Mapping[str | None, int | None]
+"""A text to its id in the table `_name`, and None to None."""
+
+Stored = tuple[list[Any], bool]
+"""What goes into a column, and whether every value can be made of it again."""
+
+
+def rows(
+    relation: Relation, datas: list[dict[str, Any]], names: Names
+) -> tuple[list[list[Any]], list[int]]:
+    """Values by column for events of one type, and which of the events need their JSON kept.
+
+    Column by column, because a list comprehension over one column costs a tenth of a loop over
+    events (`scripts/bench`).
+    """
+    columns, exact = _columns(relation, datas, names)
+    if exact:
+        return columns, []
+    misfits = [i for i, data in enumerate(datas) if not _columns(relation, [data], names)[1]]
+    return columns, misfits
+
+
+def _columns(
+    relation: Relation, datas: list[dict[str, Any]], names: Names
+) -> tuple[list[list[Any]], bool]:
+    columns = []
+    exact = True
+    present = 0
+    for c in relation.columns:
+        name = c.name
+        values = [data.get(name) for data in datas]
+        present += len(values) - values.count(None)
+        stored, fits = _STORE[c.kind](values, names)
+        exact = exact and fits
+        columns.append(stored)
+    return columns, exact and present == sum(map(len, datas))
+
+
+def _text(values: list[Any], names: Names) -> Stored:
+    different = set(values) if set(map(type, values)) <= {str, type(None)} else None
+    if different is None:
+        return [_shown(v) for v in values], False
+    return values, not any("\0" in v for v in different if v)
+
+
+def _name(values: list[Any], names: Names) -> Stored:
+    values, fits = _text(values, names)
+    if not fits:
+        values = [v if v is None or isinstance(v, str) else _json(v) for v in values]
+    return [names[v] for v in values], fits
+
+
+def _number(values: list[Any], names: Names) -> Stored:
+    kinds = set(map(type, values))
+    if not kinds <= {float, int, type(None)}:
+        return [_shown(v) for v in values], False
+    floats = values if kinds == {float} else [v for v in values if type(v) is float]
+    return values, not floats or _print_exactly(floats)
+
+
+def _integer(values: list[Any], names: Names) -> Stored:
+    fits = set(map(type, values)) <= {int, type(None)}
+    return (values if fits else [_shown(v) for v in values]), fits
+
+
+def _boolean(values: list[Any], names: Names) -> Stored:
+    fits = set(map(type, values)) <= {bool, type(None)}
+    return (values if fits else [_shown(v) for v in values]), fits
+
+
+def _scalar(values: list[Any], names: Names) -> Stored:
+    _, texts = _text([v for v in values if type(v) is str], names)
+    _, numbers = _number([v for v in values if type(v) is not str], names)
+    return [_shown(v) for v in values], texts and numbers
+
+
+def _as_json(values: list[Any], names: Names) -> Stored:
+    return [None if v is None else _json(v) for v in values], True
+
+
+def _bytes(values: list[Any], names: Names) -> Stored:
+    return [None if v is None else _decoded(v) for v in values], values.count(None) == len(values)
+
+
+_STORE: dict[str, Callable[[list[Any], Names], Stored]] = {
+    "text": _text,
+    "name": _name,
+    "bytes": _bytes,
+    "number": _number,
+    "integer": _integer,
+    "scalar": _scalar,
+    "boolean": _boolean,
+    "json": _as_json,
+}
+
+
+def _print_exactly(floats: list[float]) -> bool:
+    """True if SQLite's 15 significant digits give every float back.
+
+    A float that equals a whole number of 1e-8 below 1e15 of them has at most 15 digits. Prices
+    pass that test, and it costs a third of printing them. Minus zero never comes back.
+    """
+    if (
+        min(floats) > 0
+        and max(floats) < 1e7
+        and [n / 1e8 for n in map(round, [v * 1e8 for v in floats])] == floats
+    ):
+        return True
+    return all(float(f"{v:.15g}") == v and (v != 0 or str(v) == "0.0") for v in floats)
+
+
+def _shown(value: Any) -> Any:
+    """What a column shows of a value that is not of its kind."""
+    return value if value is None or isinstance(value, str | int | float) else _json(value)
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _decoded(value: Any) -> str | bytes:
+    """Bytes of a base64 text: as text where they are UTF-8 without NUL."""
+    if not isinstance(value, str):
+        return _json(value)
+    try:
+        raw = base64.b64decode(value, validate=True)
+    except ValueError:
+        return value
+    try:
+        return raw if b"\0" in raw else raw.decode()
+    except UnicodeDecodeError:
+        return raw
