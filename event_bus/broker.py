@@ -6,6 +6,7 @@ only then publishes and acknowledges it. Under load the groups grow by themselve
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -23,7 +24,7 @@ from event_bus.envelope import Envelope
 from event_bus.errors import JournalError, JournalFull, StartError
 from event_bus.event_schema import TOPIC_PREFIX, Registry
 from event_bus.intake import SOURCE, Committed, Intake, Receipt
-from event_bus.journal import Journal
+from event_bus.journal import DamagedBatch, Journal
 from event_bus.lock import FileLock
 from event_bus.protocol import BatchHead, ErrorReply, FetchReply, FetchRequest
 from event_bus.settings import Settings
@@ -37,6 +38,7 @@ HOUSEKEEPING_S = 5.0
 MAX_GROUP_BYTES = 2 << 20
 MAX_GROUP_MESSAGES = 512
 MAX_WAITING_FETCHES = 10_000
+MAX_CONSUMERS = 1_000
 MAX_WAIT_MS = 30_000
 MAX_REPLY_BYTES = 4 << 20
 SUBSCRIBER_HIGH_WATER_MARK = 20_000
@@ -86,8 +88,8 @@ class Broker:
         self._context.set(zmq.MAX_SOCKETS, 65_000)
         self._ingress = self._bind(zmq.ROUTER, settings.ingress_url, "ingress_url")
         self._events = self._bind(zmq.XPUB, settings.events_url, "events_url")
-        self.ingress_url = self._ingress.last_endpoint.decode()
-        self.events_url = self._events.last_endpoint.decode()
+        self.ingress_url = self._ingress.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.events_url = self._events.getsockopt_string(zmq.LAST_ENDPOINT)
         self._wake_receive, self._wake_send = socket.socketpair()
         self._wake_send.setblocking(False)
         self._poller = zmq.Poller()
@@ -100,12 +102,13 @@ class Broker:
         self._subscriptions: set[bytes] = set()
         self._wanted: dict[str, bool] = {}
         self._receipts: list[tuple[list[bytes], Receipt]] = []
-        self._waiting: dict[bytes, _Waiting] = {}
+        self._waiting: dict[tuple[bytes, ...], _Waiting] = {}
+        self._held_by: str | None = None
         self._heartbeat_due = self._health_due = self._housekeeping_due = monotonic()
         self._storage_full_since: float | None = None
 
     def _bind(self, kind: int, url: str, setting: str) -> zmq.Socket[Any]:
-        sock = self._context.socket(kind)
+        sock: zmq.Socket[Any] = self._context.socket(kind)
         sock.linger = 500
         if kind == zmq.XPUB:
             sock.sndhwm = SUBSCRIBER_HIGH_WATER_MARK
@@ -124,7 +127,8 @@ class Broker:
     def stop(self) -> None:
         """Make `run` return after its turn; may be called from a signal handler or any thread."""
         self._stopping = True
-        self._wake_send.send(b"\0")
+        with contextlib.suppress(OSError):  # awake already, or closed
+            self._wake_send.send(b"\0")
 
     @property
     def wake_fd(self) -> int:
@@ -176,7 +180,7 @@ class Broker:
         self._serve_waiting()
 
     def _timeout_ms(self) -> int:
-        if self._stopping or self._adopter.pending:
+        if self._stopping or (self._adopter.pending and self._storage_full_since is None):
             return 0
         due = min(self._heartbeat_due, self._health_due, self._housekeeping_due)
         if self._waiting:
@@ -193,20 +197,22 @@ class Broker:
                 return
             # A REQ socket puts an empty frame first and wants it back.
             at = 2 if len(frames) > 2 and not frames[1] else 1
-            route = [*frames[:at], *frames[at + 1 : at + 2]]
-            verb, arguments = frames[at] if len(frames) > at else b"", frames[at + 2 :]
+            verb, request_id, *arguments = [*frames[at:], b"", b""][: max(2, len(frames) - at)]
+            route = [*frames[:at], request_id]
             if verb == protocol.PUBLISH and arguments:
                 self._take(route, arguments)
             elif verb == protocol.FETCH and arguments:
                 self._fetch(route, arguments[0])
-            elif verb == protocol.STATUS and len(route) > at:
+            elif verb == protocol.STATUS:
                 self._reply(route, protocol.STATUS, _encode(self.status()))
+            elif verb == protocol.FORGET and arguments:
+                self._forget(route, arguments[0])
             else:
                 self._fail(
                     route,
                     "bad_request",
-                    f"expected [verb, request id, …] with publish, fetch or status, got {verb[:20]!r}"
-                    f" and {len(arguments)} frames",
+                    "expected [verb, request id, body] with publish, fetch, status or forget,"
+                    f" got {verb[:20]!r} and {len(arguments)} frames after the request id",
                 )
             if self.intake.pending_bytes >= MAX_GROUP_BYTES:
                 return
@@ -239,8 +245,20 @@ class Broker:
                 first_seq=self.journal.first_seq,
             )
             return
-        if request.consumer and from_seq <= self.journal.last_seq + 1:
-            self._consumers[request.consumer[:64]] = (from_seq, self._clock())
+        if from_seq > self.journal.last_seq + 1:
+            self._fail(
+                route,
+                "ahead",
+                f"the journal ends at {self.journal.last_seq}, asked for {from_seq}: it is another"
+                " journal, or an older copy of it was restored",
+            )
+            return
+        if request.consumer:
+            if len(self._consumers) >= MAX_CONSUMERS and request.consumer not in self._consumers:
+                self._fail(route, "busy", f"there are {MAX_CONSUMERS} durable consumers already")
+                return
+            stored_seq = from_seq if request.stored_seq is None else request.stored_seq
+            self._consumers[request.consumer] = (min(stored_seq, from_seq), self._clock())
         waiting = _Waiting(
             route,
             from_seq,
@@ -252,7 +270,15 @@ class Broker:
         elif len(self._waiting) >= MAX_WAITING_FETCHES:
             self._fail(route, "busy", f"{MAX_WAITING_FETCHES} fetches are waiting already")
         else:
-            self._waiting[route[0]] = waiting
+            self._waiting[tuple(route)] = waiting
+
+    def _forget(self, route: list[bytes], name: bytes) -> None:
+        """A durable consumer will not come back: the journal is not kept for it any more."""
+        consumer = name.decode("utf-8", "replace")
+        known = self._consumers.pop(consumer, None) is not None
+        self.journal.save_consumers(self._consumers)
+        self._saved_consumers = dict(self._consumers)
+        self._reply(route, protocol.FORGOTTEN, _encode({"consumer": consumer, "known": known}))
 
     def _serve_waiting(self) -> None:
         if not self._waiting:
@@ -266,8 +292,9 @@ class Broker:
     def _answer(self, waiting: _Waiting) -> None:
         try:
             batches = self.journal.read(waiting.from_seq, waiting.max_bytes)
-        except JournalError as e:
-            self._fail(waiting.route, "damaged", str(e))
+        except DamagedBatch as e:
+            log.error("%s", e)
+            self._fail(waiting.route, "damaged", str(e), first_seq=e.next_seq)
             return
         reply = FetchReply(
             from_seq=waiting.from_seq,
@@ -281,21 +308,19 @@ class Broker:
 
     def _reply(self, route: list[bytes], verb: bytes, *frames: bytes) -> None:
         *peer, request_id = route
-        try:
-            self._ingress.send_multipart([*peer, verb, request_id, *frames], zmq.NOBLOCK)
-        except zmq.Again:
-            log.warning("a client does not read its answers; one was dropped")
+        # Never waits: what a peer that does not read leaves beyond the high-water mark is dropped.
+        self._ingress.send_multipart([*peer, verb, request_id, *frames], zmq.NOBLOCK)
 
     def _fail(
         self, route: list[bytes], code: str, message: str, first_seq: int | None = None
     ) -> None:
-        if len(route) > 1:
-            error = ErrorReply(code=code, message=message, first_seq=first_seq)
-            self._reply(route, protocol.ERROR, _encode(error))
+        error = ErrorReply(code=code, message=message, first_seq=first_seq)
+        self._reply(route, protocol.ERROR, _encode(error))
 
     def _refuse_group(self, error: JournalError) -> None:
         """Nothing of the group is on disk: tell its senders, and go on only if the disk is full."""
         self._adopter.rewind()
+        self.intake.forget()
         full = isinstance(error, JournalFull)
         for route, _ in self._receipts:
             self._fail(route, "storage_full" if full else "storage_failed", str(error))
@@ -406,9 +431,17 @@ class Broker:
             older_than=self._clock() - self.settings.journal_max_age_s,
             max_bytes=self.settings.journal_max_bytes,
         )
-        stored = min((seq for seq, _ in self._consumers.values()), default=before)
-        if before > stored:
-            log.warning("journal kept from %d on: a durable consumer has not stored it", stored)
+        stored, name = min(
+            ((seq, name) for name, (seq, _) in self._consumers.items()), default=(before, "")
+        )
+        held_by = name if stored < before else None
+        if held_by and held_by != self._held_by:
+            log.warning(
+                "journal kept from %d on, past its limits: consumer %s has not stored it",
+                stored,
+                held_by,
+            )
+        self._held_by = held_by
         if self.journal.trim(min(before, stored)):
             self._housekeeping_due = self._monotonic()
 
@@ -436,6 +469,7 @@ class Broker:
             "conflicts": totals.conflicts,
             "memory_bytes": self._process.memory_info().rss,
             "journal_bytes": self.journal.size_bytes(),
+            "journal_held_by": self._held_by,
             "subscriptions": sorted(s.decode("utf-8", "replace") for s in self._subscriptions),
             "consumers": {
                 name: {"next_seq": seq, "lag": self._lag(seq), "last_seen": seen}
@@ -443,19 +477,28 @@ class Broker:
             },
             "schema_problems": [str(p) for p in self.registry.problems],
             "producers": [
-                {"producer": p.token, "last_n": p.last_n, "last_seen": p.last_seen, "report": p.report}
+                {
+                    "producer": p.token,
+                    "last_n": p.last_n,
+                    "last_seen": p.last_seen,
+                    "report": p.report,
+                }
                 for p in sorted(self.journal.producers.values(), key=lambda p: p.id)[-1000:]
             ],
         }
 
 
 def _port_owner(url: str) -> str:
-    """` (held by process …)` as far as this user may see it."""
+    """Which process holds the port, as far as this user may see it; empty if none does."""
     port = url.rpartition(":")[2]
     for connection in psutil.net_connections("tcp"):
-        if connection.status == psutil.CONN_LISTEN and str(connection.laddr.port) == port:
+        address: Any = connection.laddr
+        if connection.status == psutil.CONN_LISTEN and str(address.port) == port:
             if connection.pid is None:
-                return " (held by another user's process)"
-            name = psutil.Process(connection.pid).name()
-            return f" (held by process {connection.pid}, {name})"
+                return f": port {port} is held by another user's process"
+            try:
+                name = psutil.Process(connection.pid).name()
+            except psutil.Error:  # it has just ended
+                name = "gone by now"
+            return f": port {port} is held by process {connection.pid} ({name})"
     return ""

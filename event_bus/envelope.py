@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from typing import Annotated, Any
 
@@ -73,19 +74,25 @@ def decode_canonical(batch: bytes) -> list[Envelope] | None:
     further check of the envelope: a line equal to its own re-encoding has no repeated key, no
     NaN and no unknown field; and a batch without 19 digits in a row or more than 64 openings
     of an object or list beyond two an event has no integer past 64 bits and no deep nesting.
+    A batch that has either is looked through value by value.
     """
     try:
         events = decode_lines(batch)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    openings = batch.count(b"{") + batch.count(b"[")
-    if (
-        openings - 2 * len(events) > MAX_DEPTH - 2
-        or _LONG_NUMBER in batch.translate(_DIGITS_AS_ZERO)
-        or encode_lines(events) != batch
-        or (len(batch) > MAX_EVENT_BYTES and max(map(len, batch.split(b"\n"))) > MAX_EVENT_BYTES)
+    if encode_lines(events) != batch or (
+        len(batch) > MAX_EVENT_BYTES and max(map(len, batch.split(b"\n"))) > MAX_EVENT_BYTES
     ):
         return None
+    openings = batch.count(b"{") + batch.count(b"[")
+    if openings - 2 * len(events) > MAX_DEPTH - 2 or _LONG_NUMBER in batch.translate(
+        _DIGITS_AS_ZERO
+    ):
+        try:
+            for event in events:
+                check_value(event.data, "data", 1)
+        except RejectedEvent:
+            return None
     return events
 
 
@@ -95,16 +102,14 @@ def read(line: bytes) -> Envelope:
     Raises RejectedEvent naming path, value and rule.
     """
     if len(line) > MAX_EVENT_BYTES:
-        raise RejectedEvent(
-            f"event of {len(line)} bytes is over the limit of {MAX_EVENT_BYTES}",
-            rule="maxBytes",
-            value=str(len(line)),
-        )
+        raise _too_long(len(line))
     try:
         text = line.decode()
     except UnicodeDecodeError as e:
         raise RejectedEvent(
-            f"not UTF-8: {e.reason} at byte {e.start}", rule="utf8", value=repr(line[e.start : e.end])
+            f"not UTF-8: {e.reason} at byte {e.start}",
+            rule="utf8",
+            value=repr(line[e.start : e.end]),
         ) from e
     try:
         document = json.loads(
@@ -124,10 +129,13 @@ def read(line: bytes) -> Envelope:
     if not isinstance(document, dict):
         raise RejectedEvent("an event is a JSON object", rule="type", value=text[:80])
     try:
-        return msgspec.convert(document, Envelope)
+        event = msgspec.convert(document, Envelope)
     except msgspec.ValidationError as e:
-        message, _, path = str(e).partition(" - at `$")
-        raise RejectedEvent(f"envelope: {message}", rule="envelope", path=path.strip(".`")) from e
+        raise _not_an_envelope(document, str(e)) from e
+    size = len(encode(event))
+    if size > MAX_EVENT_BYTES:  # 1e15 is written out as 1000000000000000.0
+        raise _too_long(size)
+    return event
 
 
 def check_value(value: Any, path: str, depth: int = 0) -> None:
@@ -154,7 +162,10 @@ def check_value(value: Any, path: str, depth: int = 0) -> None:
     elif isinstance(value, int):
         if not _MIN_INTEGER <= value <= _MAX_INTEGER:
             raise RejectedEvent(
-                f"{path or 'event'} is beyond 64 bits", rule="int64", path=path, value=hex(value)[:40]
+                f"{path or 'event'} is beyond 64 bits",
+                rule="int64",
+                path=path,
+                value=hex(value)[:40],
             )
     elif isinstance(value, dict | list):
         if depth >= MAX_DEPTH:
@@ -163,6 +174,26 @@ def check_value(value: Any, path: str, depth: int = 0) -> None:
         for key, item in items:
             check_value(key, path, depth)
             check_value(item, f"{path}.{key}" if path else str(key), depth + 1)
+
+
+def _too_long(size: int) -> RejectedEvent:
+    return RejectedEvent(
+        f"event of {size} bytes is over the limit of {MAX_EVENT_BYTES}",
+        rule="maxBytes",
+        value=str(size),
+    )
+
+
+def _not_an_envelope(document: dict[str, Any], problem: str) -> RejectedEvent:
+    """What msgspec found, as a rejection that names the field and its value."""
+    message, _, path = problem.partition(" - at `$")
+    path = path.strip(".`")
+    named = re.search(r"`(\w+)`$", message)  # a field too many, or one that is missing
+    if not path and named:
+        path = named[1]
+    value = json.dumps(document[path])[:80] if path in document else ""
+    shown = f"{path} is {value}: {message}" if value else message
+    return RejectedEvent(f"envelope: {shown}", rule="envelope", path=path, value=value)
 
 
 def _too_deep(path: str = "") -> RejectedEvent:
@@ -174,7 +205,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         seen: set[str] = set()
         key = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-        raise RejectedEvent(f"key {key!r} is there twice", rule="uniqueKeys", path=key)
+        shown = ascii(key[:80])  # it may hold a lone surrogate
+        raise RejectedEvent(
+            f"key {shown} is there twice", rule="uniqueKeys", path=shown.strip("'\"")
+        )
     return result
 
 
@@ -193,5 +227,7 @@ def _integer(digits: str) -> int:
 def _float(digits: str) -> float:
     value = float(digits)
     if math.isinf(value):
-        raise RejectedEvent(f"{digits[:24]} is beyond a 64-bit float", rule="float64", value=digits[:24])
+        raise RejectedEvent(
+            f"{digits[:24]} is beyond a 64-bit float", rule="float64", value=digits[:24]
+        )
     return value

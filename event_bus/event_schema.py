@@ -14,8 +14,12 @@ import schemas
 from event_bus.errors import RejectedEvent, SchemaError
 
 TOPIC_PREFIX = "bitten."
+MAX_KEY_CHARACTERS = 255
 _TYPE_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 _COLUMN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
+_OWN_COLUMNS = {"seq", "created_at", "received_at"}
+# The collector's own relations; a type's rows are in `_<table>`.
+_OWN_TABLES = {"events", "event", "meta", "name", "relation", "count", "batch"}
 
 
 class Storage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -45,13 +49,17 @@ class EventType:
         except msgspec.ValidationError as e:
             raise SchemaError(f"{path}: x-bitten: {e}") from e
         self.table = self.storage.table or name
-        self.properties: dict[str, dict[str, Any]] = schema.get("properties", {})
+        # A property may be given as true or false: allowed or not, nothing more.
+        self.properties: dict[str, dict[str, Any]] = {
+            name: sub if isinstance(sub, dict) else {}
+            for name, sub in schema.get("properties", {}).items()
+        }
 
     @cached_property
     def _validator(self) -> Any:
         import jsonschema_rs  # 12 ms: not part of importing the bridge
 
-        return jsonschema_rs.validator_for(self.schema)
+        return jsonschema_rs.validator_for(self.schema, retriever=_no_retrieval)
 
     @cached_property
     def is_valid(self) -> Any:
@@ -66,17 +74,21 @@ class EventType:
         path = ".".join(["data", *map(str, error.instance_path)])
         rule = str(error.schema_path[-1]) if error.schema_path else "schema"
         value = msgspec.json.encode(error.instance).decode()
-        shown = value if len(value) <= 80 else value[:77] + "..."
+        message = _shortened(error.message, 300)  # it quotes the value, however long
         raise RejectedEvent(
-            f"{path} of {self.name}: {error.message} (rule {rule})", rule=rule, path=path, value=shown
+            f"{path} of {self.name}: {message} (rule {rule})",
+            rule=rule,
+            path=_shortened(path, 255),
+            value=_shortened(value, 80),
         )
 
     def topic(self, data: dict[str, Any]) -> str:
-        """The topic of an event with this data: bitten.<type>, or bitten.<type>.<key>."""
-        key = self.storage.key
-        if key is None or key not in data:
-            return TOPIC_PREFIX + self.name
-        return f"{TOPIC_PREFIX}{self.name}.{data[key]}"
+        """bitten.<type>; with a key that is an integer or a short string, bitten.<type>.<key>."""
+        topic = TOPIC_PREFIX + self.name
+        key = None if self.storage.key is None else data.get(self.storage.key)
+        if (isinstance(key, str) and 0 < len(key) <= MAX_KEY_CHARACTERS) or type(key) is int:
+            return f"{topic}.{key}"
+        return topic
 
 
 def read_schema(path: Path) -> EventType:
@@ -91,54 +103,71 @@ def read_schema(path: Path) -> EventType:
     if not _TYPE_NAME.fullmatch(path.stem):
         raise SchemaError(
             f"{path}: {path.stem!r} cannot be an event type",
-            hint="name the file with lower-case letters, digits and underscores, such as my_event.json",
+            hint="name it with lower-case letters, digits and underscores, such as my_event.json",
         )
     if not isinstance(schema, dict) or schema.get("type") != "object":
-        raise SchemaError(f"{path}: a schema is an object with \"type\": \"object\"")
+        raise SchemaError(f'{path}: a schema is an object with "type": "object"')
+    if not isinstance(schema.get("properties", {}), dict):
+        raise SchemaError(f"{path}: properties is an object with a schema for each field")
     return EventType(path.stem, schema, path)
 
 
 class Registry:
     """The event types known here: the built-in ones and those of `$BITTEN_HOME/schemas/`.
 
-    A file that cannot be used is left out and named in `problems`; the other types work.
+    A file that cannot be used is left out and named in `problems`; the other types work. A type
+    keeps the schema it was first read with.
     """
 
     def __init__(self, own: Path | None = None) -> None:
         self.types: dict[str, EventType] = {}
-        self.problems: list[SchemaError] = []
         self._own = own
-        self._own_mtime_ns = 0
-        self._load(schemas.DIRECTORY)
+        self._problems: dict[Path, SchemaError] = {}
+        self._seen: dict[Path, tuple[int, int]] = {}
+        for path in schemas.DIRECTORY.glob("*.json"):
+            self._load(path)
         self.refresh()
 
     def __iter__(self) -> Iterator[EventType]:
         return iter(self.types.values())
 
+    @property
+    def problems(self) -> list[SchemaError]:
+        return list(self._problems.values())
+
     def refresh(self) -> bool:
-        """Take in files added to the own directory since the last look; True if there were any."""
+        """Take in own files that are new or mended since the last look; True if any came in."""
         if self._own is None:
             return False
-        try:
-            mtime_ns = self._own.stat().st_mtime_ns
-        except OSError:
-            return False
-        if mtime_ns == self._own_mtime_ns:
-            return False
-        self._own_mtime_ns = mtime_ns
         before = len(self.types)
-        self._load(self._own)
+        for path in sorted(self._own.glob("*.json")):
+            try:
+                stat = path.stat()
+            except OSError:  # removed in between
+                continue
+            # By file, not by directory: a file may be seen before its writer is done with it.
+            stamp = (stat.st_mtime_ns, stat.st_size)
+            if self._seen.get(path) != stamp:
+                self._seen[path] = stamp
+                self._load(path)
         return len(self.types) > before
 
     def verify(self) -> None:
         """Leave out own types that `check_schema` refuses, naming them in `problems`."""
+        tables: dict[str, EventType] = {}
         for event_type in list(self):
-            if event_type.path.parent == self._own:
-                try:
+            other = tables.setdefault(event_type.table.lower(), event_type)
+            try:
+                if event_type.path.parent == self._own:
                     check_schema(event_type)
-                except SchemaError as e:
-                    self.problems.append(e)
-                    del self.types[event_type.name]
+                if other is not event_type:
+                    raise SchemaError(
+                        f"{event_type.path}: table {event_type.table} is that of {other.name}",
+                        hint="set x-bitten.table to another name",
+                    )
+            except SchemaError as e:
+                self._problems[event_type.path] = e
+                del self.types[event_type.name]
 
     def get(self, name: str) -> EventType:
         """The event type of that name. Raises RejectedEvent."""
@@ -152,20 +181,19 @@ class Registry:
                 value=name[:64],
             ) from None
 
-    def _load(self, directory: Path) -> None:
-        for path in sorted(directory.glob("*.json")):
-            known = self.types.get(path.stem)
-            if known is not None and known.path == path:
-                continue
-            try:
-                if known is not None:
-                    raise SchemaError(
-                        f"{path}: event type {path.stem} is built in", hint="choose another name"
-                    )
-                self.types[path.stem] = read_schema(path)
-            except SchemaError as e:
-                if str(e) not in map(str, self.problems):
-                    self.problems.append(e)
+    def _load(self, path: Path) -> None:
+        self._problems.pop(path, None)
+        known = self.types.get(path.stem)
+        if known is not None and known.path == path:
+            return
+        try:
+            if known is not None:
+                raise SchemaError(
+                    f"{path}: event type {path.stem} is built in", hint="choose another name"
+                )
+            self.types[path.stem] = read_schema(path)
+        except SchemaError as e:
+            self._problems[path] = e
 
 
 def check_schema(event_type: EventType) -> None:
@@ -177,15 +205,30 @@ def check_schema(event_type: EventType) -> None:
     except jsonschema.SchemaError as e:
         place = ".".join(map(str, e.absolute_path)) or "the schema"
         raise SchemaError(f"{event_type.path}: {place}: {e.message}") from e
+    try:
+        event_type.is_valid({})
+    except ValueError as e:
+        raise SchemaError(f"{event_type.path}: {str(e).splitlines()[0]}") from e
     columns = event_type.properties
+    lower = [c.lower() for c in columns]
     for column in columns:
-        if not _COLUMN_NAME.fullmatch(column) or column.lower() in {"seq", "created_at", "received_at"}:
+        name = column.lower()
+        if not _COLUMN_NAME.fullmatch(column) or name in _OWN_COLUMNS or lower.count(name) > 1:
             raise SchemaError(
                 f"{event_type.path}: property {column!r} cannot be a column",
-                hint="use letters, digits and underscores, and none of seq, created_at, received_at",
+                hint="use letters, digits and underscores, upper case or lower, and none of "
+                + ", ".join(sorted(_OWN_COLUMNS)),
             )
-    if not _COLUMN_NAME.fullmatch(event_type.table):
-        raise SchemaError(f"{event_type.path}: x-bitten.table: {event_type.table!r} is no table name")
+    table = event_type.table.lower()
+    if (
+        not _COLUMN_NAME.fullmatch(table)
+        or table in _OWN_TABLES
+        or table.startswith(("_", "sqlite"))
+    ):
+        raise SchemaError(
+            f"{event_type.path}: x-bitten.table: {event_type.table!r} cannot be a table of its own",
+            hint="set it to letters, digits and underscores, and no name the database uses",
+        )
     storage = event_type.storage
     for place, names in {
         "indexes": storage.indexes,
@@ -202,3 +245,11 @@ def check_schema(event_type: EventType) -> None:
             event_type.check(example)
         except RejectedEvent as e:
             raise SchemaError(f"{event_type.path}: examples[{index}]: {e}") from e
+
+
+def _no_retrieval(uri: str) -> Any:
+    raise ValueError(f"{uri}: a schema may refer to its own parts only")
+
+
+def _shortened(text: str, characters: int) -> str:
+    return text if len(text) <= characters else text[: characters - 3] + "..."

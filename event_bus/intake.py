@@ -17,11 +17,13 @@ import msgspec
 
 from event_bus import envelope
 from event_bus.envelope import Envelope
-from event_bus.errors import RejectedEvent
+from event_bus.errors import JournalError, RejectedEvent
 from event_bus.event_schema import Registry
 from event_bus.journal import Journal, Producer
 
 SOURCE = "event_bus"
+MAX_BATCH_LINES = 20_000
+MAX_REPORT_BYTES = 4_096
 _NATIVE_ID = re.compile(r"([0-9a-f]{20})-([1-9][0-9]{0,17})")
 
 
@@ -64,6 +66,7 @@ class Intake:
         self._token = envelope.new_producer()
         self._n = 0
         self._checks: dict[str, Callable[[Any], bool]] = {}
+        self._safe_totals = Receipt()
         self._learn()
         self._clear()
         self.committed: list[Committed] = []
@@ -79,15 +82,16 @@ class Intake:
         when recognising a resent event needed a commit and that failed.
         """
         receipt = Receipt()
-        events = envelope.decode_canonical(batch)
-        if not events or not self._take_whole(batch, events, report):
-            lines = batch.split(b"\n")
-            if not lines[-1]:
-                lines.pop()
-            for index, line in enumerate(lines):
-                self._take_line(line, index, receipt)
+        if report is not None and len(report) > MAX_REPORT_BYTES:
+            report = None
+        if batch.count(b"\n") > MAX_BATCH_LINES:
+            self._refuse_whole(batch, receipt)
         else:
-            receipt.accepted = len(events)
+            events = envelope.decode_canonical(batch)
+            if events and self._take_whole(batch, events, report):
+                receipt.accepted = len(events)
+            else:
+                self._take_lines(batch, report, receipt)
         self.totals.accepted += receipt.accepted
         self.totals.duplicates += receipt.duplicates
         self.totals.rejected += receipt.rejected
@@ -113,22 +117,36 @@ class Intake:
 
         Raises JournalError; what was pending is then forgotten, as nobody was told it is safe.
         """
-        if not self._count:
-            return
-        received_at = self._clock()
-        bodies, count, runs, opaque = self._bodies, self._count, self._runs, self._opaque
+        if self._count:
+            received_at = self._clock()
+            bodies, count = self._bodies, self._count
+            try:
+                first_seq = self.journal.append(
+                    bodies, count, received_at, runs=self._runs, opaque_ids=self._opaque
+                )
+            except JournalError:
+                self.forget()
+                raise
+            self._clear()
+            self.committed.append(Committed(first_seq, received_at, bodies, count))
+        self._safe_totals = msgspec.structs.replace(self.totals)
+
+    def forget(self) -> None:
+        """Drop what is pending, and know of producers and counts what the last commit left."""
         self._clear()
-        first_seq = self.journal.append(
-            bodies, count, received_at, runs=runs, opaque_ids=list(opaque.items())
-        )
-        self.committed.append(Committed(first_seq, received_at, bodies, count))
+        self.journal.reload_producers()
+        self.totals = msgspec.structs.replace(self._safe_totals)
 
     def _clear(self) -> None:
         self._bodies: list[bytes] = []
         self._count = 0
         self._bytes = 0
         self._runs: list[tuple[Producer, int, int, int]] = []
-        self._opaque: dict[str, int] = {}
+        self._opaque: list[tuple[str, int]] = []
+        # Where a resent event may lie that is not in the journal yet: lines taken one by one, by
+        # id, and batches taken whole, as (producer, first n, last n).
+        self._lines: dict[str, bytes] = {}
+        self._whole: list[tuple[Producer, int, int]] = []
 
     def _add(self, body: bytes, count: int) -> None:
         self._bodies.append(body)
@@ -136,9 +154,7 @@ class Intake:
         self._bytes += len(body)
 
     def _learn(self) -> None:
-        self._checks.update(
-            {t.name: t.is_valid for t in self.registry if not t.storage.live_only}
-        )
+        self._checks.update({t.name: t.is_valid for t in self.registry if not t.storage.live_only})
 
     def _producer(self, token: str, last_n: int) -> Producer:
         producer = self.journal.producer(token)
@@ -169,10 +185,34 @@ class Intake:
         if report is not None:
             producer.report = report
         self._runs.append((producer, first, last, self._count))
+        self._whole.append((producer, first, last))
         self._add(batch, len(events))
         return True
 
-    def _take_line(self, line: bytes, index: int, receipt: Receipt) -> None:
+    def _take_lines(self, batch: bytes, report: str | None, receipt: Receipt) -> None:
+        lines = batch.split(b"\n")
+        if not lines[-1]:
+            lines.pop()
+        reporter = None
+        for index, line in enumerate(lines):
+            reporter = self._take_line(line, index, receipt) or reporter
+        if reporter is not None and report is not None:
+            reporter.report = report
+
+    def _refuse_whole(self, batch: bytes, receipt: Receipt) -> None:
+        """Kept as one: garbage in short lines would come back as gigabytes of accounts of it."""
+        count = batch.count(b"\n")
+        error = RejectedEvent(
+            f"batch of {count} lines is over the limit of {MAX_BATCH_LINES}",
+            rule="maxLines",
+            value=str(count),
+        )
+        receipt.rejected = count + (not batch.endswith(b"\n"))
+        receipt.refusals.append(Refusal(0, str(error)))
+        self._reject(batch, error, None)
+
+    def _take_line(self, line: bytes, index: int, receipt: Receipt) -> Producer | None:
+        """Take one line in, or count what is wrong with it; returns the producer of a native id."""
         event = None
         try:
             event = envelope.read(line)
@@ -190,20 +230,22 @@ class Intake:
                 receipt.rejected += 1
             receipt.refusals.append(Refusal(index, str(e)))
             self._reject(line, e, event)
-            return
+            return None
+        native = _NATIVE_ID.fullmatch(event.event_id)
+        producer = self.journal.producer(native[1]) if native else None
         if stored is not None:
             receipt.duplicates += 1
-            return
-        native = _NATIVE_ID.fullmatch(event.event_id)
-        if native is None:
-            self._opaque[event.event_id] = self._count
+            return producer
+        if producer is None or native is None:
+            self._opaque.append((event.event_id, self._count))
         else:
             n = int(native[2])
-            producer = self.journal.producer(native[1])
             producer.last_n = max(producer.last_n, n)
             self._runs.append((producer, n, n, self._count))
+        self._lines[event.event_id] = canonical
         self._add(canonical + b"\n", 1)
         receipt.accepted += 1
+        return producer
 
     def _check(self, event: Envelope) -> None:
         name = event.event_type
@@ -213,34 +255,46 @@ class Intake:
         event_type = self.registry.get(name)
         if event_type.storage.live_only:
             raise RejectedEvent(
-                f"{name} is published by the bus alone", rule="event_type", path="event_type", value=name
+                f"{name} is published by the bus alone",
+                rule="event_type",
+                path="event_type",
+                value=name,
             )
         event_type.check(event.data)
 
     def _stored_line(self, event: Envelope) -> bytes | None:
-        """The line stored under this event's id: None if there is none, empty if it was trimmed."""
+        """The line that was taken in under this event's id: None if there is none, empty if it
+        cannot be had any more because it was trimmed or damaged."""
+        pending = self._lines.get(event.event_id)
+        if pending is not None:
+            return pending
+        forgotten_n = n = 0
         native = _NATIVE_ID.fullmatch(event.event_id)
         if native is None:
-            if event.event_id in self._opaque:
-                self.commit()
             seq = self.journal.seq_of_opaque(event.event_id)
-            return None if seq is None else self.journal.line(seq)
-        producer = self.journal.producers.get(native[1])
-        n = int(native[2])
-        if producer is None or n > producer.last_n:
-            return None
-        self.commit()
-        seq = self.journal.seq_of_native(producer, n)
+        else:
+            producer = self.journal.producers.get(native[1])
+            n = int(native[2])
+            if producer is None or n > producer.last_n:
+                return None
+            if any(p is producer and first <= n <= last for p, first, last in self._whole):
+                self.commit()
+            seq = self.journal.seq_of_native(producer, n)
+            forgotten_n = producer.forgotten_n
         if seq is not None:
-            return self.journal.line(seq)
-        return b"" if n <= producer.forgotten_n else None
+            return self.journal.line(seq) or b""
+        return b"" if 0 < n <= forgotten_n else None
 
     def _reject(self, line: bytes, error: RejectedEvent, event: Envelope | None) -> None:
         self.emit("event_rejected", rejection(line, error, event))
 
 
 def rejection(
-    raw: bytes, error: RejectedEvent, event: Envelope | None = None, *, max_raw_bytes: int | None = None
+    raw: bytes,
+    error: RejectedEvent,
+    event: Envelope | None = None,
+    *,
+    max_raw_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Data of an `event_rejected`: the raw bytes, cut at `max_raw_bytes`, and the reason."""
     fields = {

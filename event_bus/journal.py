@@ -45,6 +45,9 @@ CREATE TABLE consumer (name TEXT PRIMARY KEY, next_seq INTEGER NOT NULL, last_se
 """
 
 
+_READ_HINT = "restore a backup of it, or move it aside"
+
+
 class Batch(msgspec.Struct, frozen=True):
     """Consecutive events: line i of `body` has seq `first_seq` + i."""
 
@@ -67,16 +70,25 @@ class Producer(msgspec.Struct):
     report: str | None = None
 
 
+class DamagedBatch(JournalError):
+    """The events from `first_seq` to before `next_seq` are not what was written."""
+
+    def __init__(self, path: Path, first_seq: int, next_seq: int) -> None:
+        super().__init__(f"{path}: events {first_seq} to {next_seq - 1} are damaged (CRC-32)")
+        self.next_seq = next_seq
+
+
 class Journal:
     """Opens or creates the journal at `path`. Raises JournalError, also from every method."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        new = not path.exists() or path.stat().st_size == 0
         try:
+            path.touch(0o600)  # the WAL beside it takes over these rights
             self._db = apsw.Connection(str(path))
             self._db.set_busy_timeout(5_000)
-            if new:
+            # By what it holds, not by its size: a start may have died while creating it.
+            if self._row("SELECT count(*) FROM sqlite_master")[0] == 0:
                 self._create()
             self._check_version()
             self._db.execute("PRAGMA synchronous=FULL")
@@ -86,15 +98,19 @@ class Journal:
                 self._db.execute("UPDATE meta SET value = value + 1 WHERE key = 'epoch'")
             self.journal_id: str = self._meta("journal_id")
             self.epoch: int = self._meta("epoch")
-            last = self._row("SELECT first_seq + count - 1 FROM batch ORDER BY first_seq DESC LIMIT 1")
+            last = self._row(
+                "SELECT first_seq + count - 1 FROM batch ORDER BY first_seq DESC LIMIT 1"
+            )
             self.last_seq: int = last[0] if last else self._meta("trimmed_seq")
             self.first_seq = self._first_seq()
             self.producers = self._load_producers()
-        except apsw.Error as e:
+        except (apsw.Error, OSError) as e:
             raise JournalError(
-                f"cannot open {path}: {e}", hint="bitten doctor names causes; restore or move it aside"
+                f"cannot open {path}: {e}",
+                hint="check the disk and its rights; if the file is damaged, restore a backup of it"
+                " or move it aside",
             ) from e
-        path.chmod(0o600)
+        self._lines: tuple[int, list[bytes]] = (0, [])
 
     def _create(self) -> None:
         self._db.execute("PRAGMA page_size=8192")
@@ -131,7 +147,8 @@ class Journal:
         """Store canonical batches as one, and return the first event's seq after the fsync.
 
         `runs` are (producer, first n, last n, index of the first event), `opaque_ids` are
-        (event id, index). Nothing is stored if this raises.
+        (event id, index). Nothing is stored if this raises; `reload_producers` then forgets what
+        was noted of them meanwhile.
         """
         first_seq = self.last_seq + 1
         body = b"".join(lines)
@@ -163,47 +180,58 @@ class Journal:
                 )
             db.execute("COMMIT")
         except apsw.Error as e:
-            if not db.get_autocommit():
+            if db.in_transaction:
                 db.execute("ROLLBACK")
-            self.producers = self._load_producers()
             raise self._write_error(e) from e
         self.last_seq += count
         return first_seq
 
     def read(self, from_seq: int, max_bytes: int) -> list[Batch]:
         """Batches from the one that holds `from_seq` on, at least one, past `max_bytes` by one at
-        the most; empty at the end of the journal. Raises JournalError on a damaged batch."""
+        the most; empty at the end of the journal.
+
+        Ends before a damaged batch; raises DamagedBatch if that is the first one.
+        """
         batches: list[Batch] = []
         size = 0
-        start = self._row(
-            "SELECT first_seq FROM batch WHERE first_seq <= ? ORDER BY first_seq DESC LIMIT 1", from_seq
-        )
-        for first_seq, count, received_at, crc, body in self._db.execute(
-            "SELECT * FROM batch WHERE first_seq >= ? ORDER BY first_seq",
-            (start[0] if start else from_seq,),
-        ):
-            if first_seq + count <= from_seq:
-                continue
-            if zlib.crc32(body) != crc:
-                raise JournalError(
-                    f"{self.path}: events {first_seq} to {first_seq + count - 1} are damaged (CRC-32)"
-                )
-            batches.append(Batch(first_seq, count, received_at, body))
-            size += len(body)
-            if size >= max_bytes:
-                break
+        try:
+            start = self._row(
+                "SELECT first_seq FROM batch WHERE first_seq <= ? ORDER BY first_seq DESC LIMIT 1",
+                from_seq,
+            )
+            for first_seq, count, received_at, crc, body in self._db.execute(
+                "SELECT * FROM batch WHERE first_seq >= ? ORDER BY first_seq",
+                (start[0] if start else from_seq,),
+            ):
+                if first_seq + count <= from_seq:
+                    continue
+                if zlib.crc32(body) != crc:
+                    if not batches:
+                        raise DamagedBatch(self.path, first_seq, first_seq + count)
+                    break
+                batches.append(Batch(first_seq, count, received_at, body))
+                size += len(body)
+                if size >= max_bytes:
+                    break
+        except apsw.Error as e:
+            raise JournalError(f"cannot read {self.path}: {e}", hint=_READ_HINT) from e
         return batches
 
-    def line(self, seq: int) -> bytes:
-        """The canonical line with that seq, without its newline."""
-        batch = self.read(seq, 1)[0]
-        return batch.body.split(b"\n", seq - batch.first_seq + 1)[seq - batch.first_seq]
+    def line(self, seq: int) -> bytes | None:
+        """The canonical line with that seq, without its newline; None if its batch is damaged."""
+        first_seq, lines = self._lines
+        if not first_seq <= seq < first_seq + len(lines):
+            # Kept, because events that are sent again come by the batch.
+            try:
+                batch = self.read(seq, 1)[0]
+            except DamagedBatch:
+                return None
+            first_seq, lines = self._lines = batch.first_seq, batch.body.split(b"\n")[:-1]
+        return lines[seq - first_seq]
 
     def seq_at(self, received_at: float) -> int:
         """The first seq received at or after that time; one past the end if there is none."""
-        row = self._row(
-            "SELECT min(first_seq) FROM batch WHERE received_at >= ?", received_at
-        )
+        row = self._row("SELECT min(first_seq) FROM batch WHERE received_at >= ?", received_at)
         return row[0] if row[0] is not None else self.last_seq + 1
 
     def seq_of_native(self, producer: Producer, n: int) -> int | None:
@@ -220,7 +248,7 @@ class Journal:
         return row[0] if row else None
 
     def producer(self, token: str) -> Producer:
-        """The producer with that token, new if it was not seen before; stored with its first run."""
+        """The producer with that token, a new one if need be; stored with its first run."""
         known = self.producers.get(token)
         if known is None:
             known = self.producers[token] = Producer(self._next_producer, token, 0)
@@ -232,11 +260,15 @@ class Journal:
         return {name: (seq, seen) for name, seq, seen in self._db.execute("SELECT * FROM consumer")}
 
     def save_consumers(self, consumers: dict[str, tuple[int, float]]) -> None:
-        self._write(
-            "INSERT INTO consumer VALUES (?,?,?) ON CONFLICT (name) DO UPDATE SET "
-            "next_seq = excluded.next_seq, last_seen = excluded.last_seen",
-            [(name, seq, seen) for name, (seq, seen) in consumers.items()],
-        )
+        try:
+            with self._db:
+                self._db.execute("DELETE FROM consumer")
+                self._db.executemany(
+                    "INSERT INTO consumer VALUES (?,?,?)",
+                    [(name, seq, seen) for name, (seq, seen) in consumers.items()],
+                )
+        except apsw.Error as e:
+            raise self._write_error(e) from e
 
     def size_bytes(self) -> int:
         """Bytes in use, free pages not counted."""
@@ -245,29 +277,33 @@ class Journal:
 
     def seq_to_trim(self, *, older_than: float, max_bytes: int) -> int:
         """The seq before which everything may go by age; by size, a tenth of the journal more."""
-        by_age = self.seq_at(older_than)
+        # From the old end on, and not by the index, which would be read to its young end.
+        row = self._row(
+            "SELECT first_seq FROM batch NOT INDEXED WHERE received_at >= ? "
+            "ORDER BY first_seq LIMIT 1",
+            older_than,
+        )
+        by_age = row[0] if row else self.last_seq + 1
         if self.size_bytes() <= max_bytes:
             return by_age
         return max(by_age, self.first_seq + (self.last_seq - self.first_seq) // 10 + 1)
 
     def trim(self, before_seq: int, *, max_batches: int = 200) -> int:
         """Remove up to `max_batches` whole batches that end before that seq; returns how many."""
-        rows = list(
-            self._db.execute(
+        try:
+            rows: list[Any] = self._db.execute(
                 "SELECT first_seq, count FROM batch WHERE first_seq + count <= ? "
                 "ORDER BY first_seq LIMIT ?",
                 (before_seq, max_batches),
-            )
-        )
-        if not rows:
-            return 0
-        cut = rows[-1][0] + rows[-1][1]
-        try:
+            ).fetchall()
+            if not rows:
+                return 0
+            cut: int = rows[-1][0] + rows[-1][1]
             with self._db:
                 self._db.execute("DELETE FROM batch WHERE first_seq < ?", (cut,))
                 self._db.execute(
-                    "UPDATE producer SET forgotten_n = max(forgotten_n, (SELECT max(last_n) FROM run"
-                    " WHERE run.producer = producer.id AND first_seq < ?1))"
+                    "UPDATE producer SET forgotten_n = max(forgotten_n, (SELECT max(last_n)"
+                    " FROM run WHERE run.producer = producer.id AND first_seq < ?1))"
                     " WHERE id IN (SELECT producer FROM run WHERE first_seq < ?1)",
                     (cut,),
                 )
@@ -275,10 +311,14 @@ class Journal:
                 self._db.execute("DELETE FROM opaque_id WHERE seq < ?", (cut,))
                 self._db.execute("UPDATE meta SET value = ? WHERE key = 'trimmed_seq'", (cut - 1,))
         except apsw.Error as e:
-            raise JournalError(f"cannot trim {self.path}: {e}") from e
+            raise self._write_error(e) from e
         self.first_seq = cut
-        self.producers = self._load_producers()
+        self.reload_producers()
         return len(rows)
+
+    def reload_producers(self) -> None:
+        """Know of producers what is on disk."""
+        self.producers = self._load_producers()
 
     def close(self) -> None:
         self._db.close()
@@ -288,7 +328,9 @@ class Journal:
         return row[0] if row[0] is not None else self.last_seq + 1
 
     def _load_producers(self) -> dict[str, Producer]:
-        rows = self._db.execute("SELECT id, token, last_n, forgotten_n, last_seen, report FROM producer")
+        rows = self._db.execute(
+            "SELECT id, token, last_n, forgotten_n, last_seen, report FROM producer"
+        )
         producers = {row[1]: Producer(*row) for row in rows}
         self._next_producer = max((p.id for p in producers.values()), default=0) + 1
         return producers
@@ -297,16 +339,16 @@ class Journal:
         return self._row("SELECT value FROM meta WHERE key = ?", key)[0]
 
     def _row(self, sql: str, *values: Any) -> Any:
-        return self._db.execute(sql, values).fetchone()
-
-    def _write(self, sql: str, rows: list[tuple[Any, ...]]) -> None:
         try:
-            with self._db:
-                self._db.executemany(sql, rows)
+            return self._db.execute(sql, values).fetchone()
         except apsw.Error as e:
-            raise self._write_error(e) from e
+            raise JournalError(f"cannot read {self.path}: {e}", hint=_READ_HINT) from e
 
     def _write_error(self, error: apsw.Error) -> JournalError:
         if isinstance(error, apsw.FullError):
-            return JournalFull(f"no space left for {self.path}", hint="free some; events wait meanwhile")
-        return JournalError(f"cannot write {self.path}: {error}", hint="check the disk and its rights")
+            return JournalFull(
+                f"no space left for {self.path}", hint="free some; events wait meanwhile"
+            )
+        return JournalError(
+            f"cannot write {self.path}: {error}", hint="check the disk and its rights"
+        )

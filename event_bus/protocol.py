@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import itertools
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import zmq
+from msgspec import Meta
 
 from event_bus.errors import BusRefused, BusUnavailable, TrimmedRange
 
 PUBLISH = b"publish"
 FETCH = b"fetch"
 STATUS = b"status"
+FORGET = b"forget"
 
 ACK = b"ack"
 BATCHES = b"batches"
+FORGOTTEN = b"forgotten"
 ERROR = b"error"
 
 MAX_MESSAGE_BYTES = 8 << 20
@@ -31,15 +34,16 @@ class FetchRequest(msgspec.Struct, omit_defaults=True, kw_only=True):
     """Ask for events from seq `from_seq`, or from the first one received at `from_time`.
 
     With neither, from the end: only what comes after this request. The answer waits up to
-    `wait_ms` for the first event. `consumer` names a durable consumer: by asking for `from_seq` it
-    says that it has stored everything before.
+    `wait_ms` for the first event. `consumer` names a durable consumer, which has stored
+    everything before `stored_seq` (default: before `from_seq`).
     """
 
-    from_seq: int | None = None
+    from_seq: Annotated[int, Meta(ge=0)] | None = None
     from_time: float | None = None
     max_bytes: int = 1 << 20
     wait_ms: int = 0
-    consumer: str | None = None
+    consumer: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
+    stored_seq: Annotated[int, Meta(ge=0)] | None = None
 
 
 class BatchHead(msgspec.Struct, frozen=True, array_like=True):
@@ -65,7 +69,8 @@ class FetchReply(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
-    """`code` is one of the codes in docs/protocol.md."""
+    """`code` is one of the codes in docs/protocol.md. Where events cannot be had any more,
+    `first_seq` is the next one that can."""
 
     code: str
     message: str
@@ -133,7 +138,7 @@ class Client:
                 continue
             if verb == ERROR:
                 raise_error(frames[0])
-            return frames
+            return list(frames)
 
     def status(self, timeout_s: float = 2.0) -> dict[str, Any]:
         """The broker's account of itself, as docs/protocol.md lists it."""

@@ -1,8 +1,9 @@
-"""The one table of settings: flag, then environment, then $BITTEN_HOME/config.yaml, then default."""
+"""The one table of settings: flag, environment, $BITTEN_HOME/config.yaml, default."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -27,16 +28,24 @@ def _path(value: Any) -> Path:
 
 def _url(value: Any) -> str:
     text = str(value)
-    if not text.startswith(("tcp://", "ipc://")):
+    port = re.fullmatch(r"tcp://[^/]+:(\d{1,5})", text)
+    if not re.fullmatch(r"ipc://.+", text) and (port is None or int(port[1]) > 65_535):
         raise ValueError("expected an address such as tcp://127.0.0.1:5570")
     return text
 
 
 def _positive(value: Any) -> int:
-    number = int(str(value).replace("_", ""))
-    if number <= 0:
+    text = str(value).replace("_", "")
+    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) == 0:
         raise ValueError("expected a whole number above 0")
-    return number
+    return int(text)
+
+
+def _source(value: Any) -> str:
+    text = str(value)
+    if len(text) > 255 or not text.isprintable():
+        raise ValueError("expected a name of up to 255 printable characters")
+    return text
 
 
 def _setting(default: Any, parse: Callable[[Any], Any], text: str) -> Any:
@@ -47,24 +56,30 @@ def _setting(default: Any, parse: Callable[[Any], Any], text: str) -> Any:
 class Settings:
     """Each field is also the variable BITTEN_<FIELD> and the key <field> of config.yaml."""
 
-    home: Path = _setting(None, _path, "directory of all files; default ~/.bitten")
+    home: Path = _setting(  # noqa: RUF009 — makes a dataclass field
+        None, _path, "directory of all files; default ~/.bitten"
+    )
     events_url: str = _setting("tcp://127.0.0.1:5570", _url, "where the broker publishes")
     ingress_url: str = _setting(
         "tcp://127.0.0.1:5571", _url, "where the broker takes events, fetches and status requests"
     )
-    db: Path = _setting(None, _path, "database; default $BITTEN_HOME/bitten_events.db")
-    source: str = _setting("", str, "source of this process's events; default the script's name")
+    db: Path = _setting(  # noqa: RUF009
+        None, _path, "database; default $BITTEN_HOME/bitten_events.db"
+    )
+    source: str = _setting(
+        "", _source, "source of this process's events; default the script's name"
+    )
     enabled: bool = _setting(True, _boolean, "0 makes every bridge call do nothing")
     outbox_max_events: int = _setting(100_000, _positive, "events a bridge holds in memory")
     outbox_max_bytes: int = _setting(64 << 20, _positive, "bytes a bridge holds in memory")
     spool_max_bytes: int = _setting(256 << 20, _positive, "bytes a process may spool to disk")
     journal_max_bytes: int = _setting(4 << 30, _positive, "size at which the journal is trimmed")
-    journal_max_age_s: int = _setting(7 * 86_400, _positive, "age at which events leave the journal")
+    journal_max_age_s: int = _setting(
+        7 * 86_400, _positive, "age at which events leave the journal"
+    )
 
     @classmethod
-    def load(
-        cls, *, environ: Mapping[str, str] | None = None, **flags: Any
-    ) -> Settings:
+    def load(cls, *, environ: Mapping[str, str] | None = None, **flags: Any) -> Settings:
         """Settings in force, given the flags that were set (None means not set).
 
         Raises SettingsError naming the flag, variable or file and what was expected.
@@ -134,20 +149,23 @@ def _pick(
 
 def _config_file(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
-    except OSError as e:
-        raise SettingsError(f"cannot read {path}: {e.strerror}") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise SettingsError(f"cannot read {path}: {e}") from e
     import yaml  # only homes with a config.yaml pay for it
 
     try:
-        config = yaml.safe_load(text) or {}
+        config = yaml.safe_load(text)
     except yaml.YAMLError as e:
         raise SettingsError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
+    config = {} if config is None else config
     known = {f.name for f in fields(Settings)} - {"home"}
     if not isinstance(config, dict) or not known.issuperset(config):
-        unknown = sorted(set(config) - known) if isinstance(config, dict) else [type(config).__name__]
+        unknown = (
+            sorted(set(config) - known) if isinstance(config, dict) else [type(config).__name__]
+        )
         raise SettingsError(
             f"{path}: unknown setting {', '.join(map(str, unknown))}",
             hint=f"known are {', '.join(sorted(known))}",

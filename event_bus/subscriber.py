@@ -21,8 +21,8 @@ from event_bus.errors import BusUnavailable
 from event_bus.protocol import Client, FetchReply, FetchRequest
 from event_bus.settings import Settings
 
-POLL_MS = 5_000
-PATIENCE_S = POLL_MS / 1000 + 3.0
+POLL_MS = 1_000
+PATIENCE_S = POLL_MS / 1000 + 2.0
 """When an answer is later than this, the question is asked again on a new connection."""
 
 _decode_reply = msgspec.json.Decoder(FetchReply).decode
@@ -76,6 +76,7 @@ class Cursor:
         wait_ms: int = POLL_MS,
     ) -> None:
         self.next_seq = next_seq
+        self._stored_seq = next_seq
         self.last_seq = 0
         self.journal_id = ""
         self._from_time = from_time
@@ -89,12 +90,18 @@ class Cursor:
                 from_time=self._from_time if self.next_seq is None else None,
                 wait_ms=self._wait_ms if self.next_seq is not None else 0,
                 consumer=self._consumer,
+                stored_seq=self._stored_seq if self._consumer else None,
             )
         )
 
     def take(self, frames: list[bytes]) -> list[Batch]:
-        """The events of an answer that were not seen yet, and step past them."""
+        """The events of an answer that were not seen yet, and step past them.
+
+        They do not count as stored before the next answer: a consumer asks for that one before
+        it writes these.
+        """
         reply = _decode_reply(frames[0])
+        self._stored_seq = self.next_seq
         self.journal_id = reply.journal_id
         self.last_seq = reply.last_seq
         if self.next_seq is None:  # that was only to learn where to begin
@@ -102,7 +109,7 @@ class Cursor:
             return []
         batches = []
         for head, body in zip(reply.batches, frames[1:], strict=True):
-            skip = self.next_seq - head.first_seq
+            skip = max(0, self.next_seq - head.first_seq)
             events = envelope.decode_lines(body)
             batches.append(Batch(head.first_seq + skip, head.received_at, events[skip:]))
             self.next_seq = head.first_seq + head.count
@@ -114,10 +121,11 @@ class Subscriber:
 
     Patterns are event types with `*` and `?`; none means all. `start` is `"now"`, a seq (int) or
     Unix seconds (float). Both `for` and `async for` work; one subscriber takes one of them at a
-    time. Iteration ends after `timeout_s` without a matching event (default: never). While the
-    broker is away it waits and goes on where it was. Raises TrimmedRange when `start` is no longer
-    in the journal. `next_seq` is one past the last event handed
-    out: where another subscriber would go on.
+    time, and a second loop goes on where the first one stopped. Iteration ends after `timeout_s`
+    without a matching event (default: never). While the broker is away it waits and goes on where
+    it was. Raises TrimmedRange when `start` is no longer in the journal, and BusRefused when it is
+    beyond its end or damaged. `next_seq` is where another subscriber would go on: everything
+    before it was handed out or not asked for. It is None until "now" or a time is known as a seq.
     """
 
     def __init__(
@@ -141,7 +149,9 @@ class Subscriber:
         elif isinstance(start, int):
             self._cursor = Cursor(next_seq=max(1, start), wait_ms=wait_ms)
         else:
-            raise ValueError(f"start is {start!r}: expected 'now', a seq (int) or Unix seconds (float)")
+            raise ValueError(
+                f"start is {start!r}: expected 'now', a seq (int) or Unix seconds (float)"
+            )
         self._client: Client | None = None
         self.next_seq = self._cursor.next_seq
 
@@ -152,33 +162,38 @@ class Subscriber:
         """
         if self._cursor.next_seq is None:
             client = self._connected()
-            self._cursor.take(client.receive(client.send(protocol.FETCH, self._cursor.request()), 5.0))
+            self._cursor.take(
+                client.receive(client.send(protocol.FETCH, self._cursor.request()), 5.0)
+            )
+            self.next_seq = self._cursor.next_seq
 
     def __iter__(self) -> Iterator[Event]:
         client = self._connected()
+        self._cursor.next_seq = self.next_seq
         last_event = time.monotonic()
         request = client.send(protocol.FETCH, self._cursor.request())
         while True:
             try:
-                events = self._events(client.receive(request, PATIENCE_S))
+                events = self._events(client.receive(request, self._patience_s(last_event)))
             except BusUnavailable:
                 events = []
             # Asked before the events are handed out, so that the answer is on its way meanwhile.
             request = client.send(protocol.FETCH, self._cursor.request())
+            yield from self._hand_out(events)
             if events:
-                yield from self._hand_out(events)
                 last_event = time.monotonic()
             elif self._is_over(last_event):
                 return
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         socket = self._async_socket()
+        self._cursor.next_seq = self.next_seq
         last_event = time.monotonic()
         try:
             while True:
                 await socket.send_multipart([protocol.FETCH, b"0", self._cursor.request()])
                 # Poll, then receive: a receive that is cancelled half-way loses its message.
-                if await socket.poll(int(PATIENCE_S * 1000)):
+                if await socket.poll(int(self._patience_s(last_event) * 1000)):
                     verb, _, *frames = await socket.recv_multipart()
                     if verb == protocol.ERROR:
                         protocol.raise_error(frames[0])
@@ -187,9 +202,9 @@ class Subscriber:
                     events = []
                     socket.close()
                     socket = self._async_socket()
+                for event in self._hand_out(events):
+                    yield event
                 if events:
-                    for event in self._hand_out(events):
-                        yield event
                     last_event = time.monotonic()
                 elif self._is_over(last_event):
                     return
@@ -199,10 +214,17 @@ class Subscriber:
     def _is_over(self, last_event: float) -> bool:
         return self._timeout_s is not None and time.monotonic() - last_event >= self._timeout_s
 
+    def _patience_s(self, last_event: float) -> float:
+        """How long to wait for an answer; a second more than the iteration has left at the most."""
+        if self._timeout_s is None:
+            return PATIENCE_S
+        return min(PATIENCE_S, max(0.0, last_event + self._timeout_s - time.monotonic()) + 1.0)
+
     def _hand_out(self, events: list[Event]) -> Iterator[Event]:
         for event in events:
             self.next_seq = event.seq + 1
             yield event
+        self.next_seq = self._cursor.next_seq
 
     def _connected(self) -> Client:
         if self._client is None:
