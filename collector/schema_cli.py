@@ -20,6 +20,48 @@ from event_bus.settings import Settings
 RECENT = 1_000
 """Stored events of a type that a changed schema must still accept."""
 
+_INTRODUCTION = """\
+# Event types
+
+Made from the schemas by `bitten schemas show --markdown`; run it for a page with your own types.
+
+Every event is an envelope around its `data`, the fields below. A field that a schema does not list
+is kept as well. In Python, `None` in an optional field means that it is absent.
+
+## A type of your own
+
+One file is all it takes, here `$BITTEN_HOME/schemas/news_item.json`:
+
+```json
+{
+  "type": "object",
+  "description": "A headline came in.",
+  "properties": {
+    "headline": {"type": "string", "minLength": 1},
+    "currency": {"type": "string"},
+    "impact": {"type": "integer", "minimum": 1, "maximum": 3}
+  },
+  "required": ["headline"],
+  "x-bitten": {"table": "news", "indexes": ["currency"], "intern": ["currency"], "key": "currency"}
+}
+```
+
+It is JSON Schema 2020-12. `x-bitten` is optional, and so is each of its entries:
+
+| entry | meaning |
+| --- | --- |
+| `table` | name of the relation in the database; default the type's name |
+| `indexes` | fields whose column gets an index |
+| `intern` | text fields whose values repeat; each value is stored once |
+| `key` | field whose value is appended to the topic: `bitten.news_item.EUR` |
+| `live_only` | `true`: published, never stored; for the bus's own heartbeat |
+
+`bitten schemas check` says whether it is good and whether a change of it fits what is stored. A
+running bus takes a new file in at its first event: `bitten emit news_item headline=CPI`, or
+`emit("news_item", {"headline": "CPI"})` from `event_bus.event_bridge`. Add fields freely; for new
+rules on old fields make a new type.
+"""
+
 
 @click.group()
 def schemas() -> None:
@@ -74,7 +116,8 @@ def show(settings: Settings, event_type: str | None, markdown: bool) -> None:
         )
     if markdown:
         names = [event_type] if event_type else sorted(registry.types)
-        click.echo("\n".join(_page(registry.types[name]) for name in names), nl=False)
+        pages = [_page(registry.types[name]) for name in names]
+        click.echo("\n".join(pages if event_type else [_INTRODUCTION, *pages]), nl=False)
     elif event_type is None:
         raise click.UsageError("name a type, or use --markdown for a page on all")
     else:
