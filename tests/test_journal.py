@@ -1,0 +1,207 @@
+"""The journal on disk: what a commit promises, what damage and age do to it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import apsw
+import pytest
+
+from event_bus.errors import JournalError, JournalFull
+from event_bus.journal import DamagedBatch, Journal
+
+
+def append(journal: Journal, text: str, received_at: float = 0.0, size: int = 0) -> int:
+    """Append one batch with a line for each letter, padded to `size` bytes."""
+    lines = [c.encode().ljust(size, b".") + b"\n" for c in text]
+    return journal.append(lines, len(lines), received_at, runs=[], opaque_ids=[])
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    made = Journal(tmp_path / "journal.db")
+    yield made
+    made.close()
+
+
+def reopened(journal: Journal) -> Journal:
+    journal.close()
+    return Journal(journal.path)
+
+
+def test_every_commit_is_synced_to_disk(journal: Journal) -> None:
+    opened = reopened(journal)
+    assert opened._row("PRAGMA synchronous") == (2,)  # FULL
+    assert opened._row("PRAGMA journal_mode") == ("wal",)
+    opened.close()
+
+
+def test_files_are_readable_by_their_owner_only(journal: Journal) -> None:
+    append(journal, "a")
+    files = list(journal.path.parent.glob("journal.db*"))
+    assert len(files) == 3
+    assert {f.stat().st_mode & 0o777 for f in files} == {0o600}
+
+
+def test_read_returns_whole_batches_from_the_one_that_holds_the_seq(journal: Journal) -> None:
+    assert journal.read(1, 1000) == []
+    assert [append(journal, t, i) for i, t in enumerate(["ab", "c", "def"])] == [1, 3, 4]
+    assert [(b.first_seq, b.count, b.body) for b in journal.read(2, 1000)] == [
+        (1, 2, b"a\nb\n"),
+        (3, 1, b"c\n"),
+        (4, 3, b"d\ne\nf\n"),
+    ]
+    assert [b.first_seq for b in journal.read(2, 1)] == [1]
+    assert [b.first_seq for b in journal.read(2, 5)] == [1, 3]
+    assert [b.first_seq for b in journal.read(6, 1000)] == [4]
+    assert journal.read(7, 1000) == []
+    assert [journal.line(seq) for seq in (6, 1, 3)] == [b"f", b"a", b"c"]
+
+
+def test_seq_epoch_and_identity_go_on_after_a_restart_even_with_nothing_left(
+    journal: Journal,
+) -> None:
+    append(journal, "abc", 5.0)
+    assert journal.trim(4) == 1
+    again = reopened(journal)
+    assert (again.last_seq, again.first_seq) == (3, 4)
+    assert again.journal_id == journal.journal_id
+    assert again.epoch == journal.epoch + 1
+    assert append(again, "d") == 4
+    again.close()
+
+
+def test_damaged_batch_is_found_out_and_the_others_are_served(journal: Journal) -> None:
+    for text in ("ab", "cd", "ef"):
+        append(journal, text)
+    journal._db.execute("UPDATE batch SET body = CAST('cD' || char(10) AS BLOB) WHERE first_seq = 3")
+    again = reopened(journal)
+    assert [b.first_seq for b in again.read(1, 1000)] == [1]
+    with pytest.raises(DamagedBatch, match=r"events 3 to 4 are damaged \(CRC-32\)") as caught:
+        again.read(3, 1000)
+    assert caught.value.next_seq == 5
+    assert [b.first_seq for b in again.read(5, 1000)] == [5]
+    assert again.line(4) is None
+    again.close()
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        ("PRAGMA application_id=1", "is not a journal of this bus; move it aside"),
+        ("PRAGMA user_version=2", "has version 2, this program knows 1; install"),
+        ("DROP TABLE meta", "no such table: meta; "),
+    ],
+)
+def test_foreign_or_other_version_is_refused_in_one_line(
+    journal: Journal, damage: str, complaint: str
+) -> None:
+    journal._db.execute(damage)
+    with pytest.raises(JournalError) as caught:
+        reopened(journal)
+    assert complaint in str(caught.value)
+    assert str(journal.path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"no database at all" * 100, b"SQLite format 3\0" + bytes(5000)])
+def test_file_that_is_no_database_is_refused_and_left_alone(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "journal.db"
+    path.write_bytes(content)
+    with pytest.raises(JournalError, match="move it aside"):
+        Journal(path)
+    assert path.read_bytes() == content
+
+
+def test_start_that_died_while_creating_the_journal_is_made_good(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    db = apsw.Connection(str(path))
+    db.execute("PRAGMA page_size=8192")
+    db.execute("PRAGMA journal_mode=WAL")
+    db.close()
+    assert path.stat().st_size > 0
+    journal = Journal(path)
+    assert append(journal, "a") == 1
+    journal.close()
+
+
+def test_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(JournalError, match="cannot open .*gone/journal.db"):
+        Journal(tmp_path / "gone" / "journal.db")
+
+
+def test_trim_by_age_stops_at_the_first_batch_that_is_young(journal: Journal) -> None:
+    for text, received_at in [("ab", 10.0), ("cd", 20.0), ("ef", 15.0), ("gh", 30.0)]:
+        append(journal, text, received_at)
+    large = 1 << 40
+    assert journal.seq_to_trim(older_than=5.0, max_bytes=large) == 1
+    assert journal.seq_to_trim(older_than=16.0, max_bytes=large) == 3  # 5 and 6 came after 20.0
+    assert journal.seq_to_trim(older_than=25.0, max_bytes=large) == 7
+    assert journal.seq_to_trim(older_than=99.0, max_bytes=large) == 9
+    assert journal.trim(7) == 3
+    assert (journal.first_seq, journal.last_seq) == (7, 8)
+
+
+def test_trim_keeps_the_batch_that_holds_the_seq(journal: Journal) -> None:
+    append(journal, "abcd")
+    assert journal.trim(4) == 0
+    assert journal.trim(5) == 1
+
+
+def test_trim_by_size_ends_below_the_bound(journal: Journal) -> None:
+    for n in range(40):
+        append(journal, "ab", float(n), size=10_000)
+    bound = journal.size_bytes() // 2
+    while journal.trim(journal.seq_to_trim(older_than=-1.0, max_bytes=bound)):
+        pass
+    assert journal.size_bytes() <= bound
+    assert 1 < journal.first_seq < journal.last_seq == 80
+    assert journal.read(journal.first_seq, 1)[0].first_seq == journal.first_seq
+
+
+def test_seq_at_a_time_is_the_first_received_from_then_on(journal: Journal) -> None:
+    for text, received_at in [("ab", 10.0), ("cd", 30.0), ("ef", 20.0)]:
+        append(journal, text, received_at)
+    assert [journal.seq_at(t) for t in (0.0, 10.0, 15.0, 25.0, 31.0)] == [1, 1, 3, 3, 7]
+
+
+def test_consumers_are_remembered_and_forgotten(journal: Journal) -> None:
+    journal.save_consumers({"a": (3, 1.5), "b": (1, 2.5)})
+    journal.save_consumers({"a": (4, 3.5)})
+    again = reopened(journal)
+    assert again.consumers() == {"a": (4, 3.5)}
+    again.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB of its own."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(path)]
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a file system")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_full_disk_refuses_and_loses_nothing_and_is_used_again_when_it_has_room(
+    small_disk: Path,
+) -> None:
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(1_000_000))
+    journal = Journal(small_disk / "journal.db")
+    written = 0
+    with pytest.raises(JournalFull, match="no space left for .*journal.db; free some"):
+        for _ in range(100):
+            append(journal, "a", size=100_000)
+            written += 1
+    assert 0 < written == journal.last_seq
+    ballast.unlink()
+    assert append(journal, "b") == written + 1
+    again = reopened(journal)
+    assert sum(b.count for b in again.read(1, 1 << 30)) == written + 1
+    again.close()
