@@ -12,8 +12,7 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.text import Text
+from rich.progress import BarColumn, Progress, TextColumn
 
 from event_bus.cli.output import print_json, print_table, printable
 from event_bus.demo import Demo, Result
@@ -52,8 +51,8 @@ def demo(settings: Settings, candles: int | None, keep: bool, as_json: bool) -> 
             print_json(_document(result, running, keep=keep))
         else:
             click.echo(f"A bus, a collector and two publishers, all in {running.home}")
-            running.start()
             with _progress() as on_progress:
+                running.start()
                 result = running.replay(on_progress)
             _show(result, running, keep=keep)
     sys.exit(0 if result.complete else 1)
@@ -83,53 +82,48 @@ def _document(result: Result, running: Demo, *, keep: bool) -> dict[str, Any]:
     }
 
 
-class _Rate(ProgressColumn):
-    """Events stored a second, since the first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._began: float | None = None
-
-    def render(self, task: Task) -> Text:
-        now = time.monotonic()
-        if self._began is None and task.completed:
-            self._began = now
-        seconds = now - (self._began or now)
-        return Text(f"{task.completed / seconds:,.0f}/s" if seconds > 0.1 else "")
-
-
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A live bar in a terminal, elsewhere a line a second."""
+    """Shows events stored and planned: a live bar in a terminal, elsewhere a line a second."""
     console = Console(highlight=False)
     if not console.is_terminal:
         yield _Lines().show
         return
-    columns = (
-        BarColumn(40),
-        TextColumn("{task.completed:,.0f} of {task.total:,.0f} events stored"),
-        _Rate(),
-    )
+    columns = (BarColumn(40), TextColumn("{task.description}"))
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=1, visible=False)
+        task = progress.add_task("starting", total=None)
+        began: tuple[float, int] | None = None
 
         def show(stored: int, planned: int) -> None:
-            if planned:
-                progress.update(task, completed=min(stored, planned), total=planned, visible=True)
+            nonlocal began
+            if not planned:
+                return
+            now = time.monotonic()
+            began = began or (now, stored)
+            seconds, events = now - began[0], stored - began[1]
+            rate = f"{events / seconds:,.0f}/s" if seconds > 0.1 else ""
+            progress.update(
+                task,
+                completed=stored,
+                total=max(stored, planned),
+                description=f"{stored:,} of {max(stored, planned):,} stored  {rate}",
+            )
 
         yield show
 
 
 class _Lines:
+    """Progress for a pipe."""
+
     def __init__(self) -> None:
-        self._due = 0.0
+        self._due_s = 0.0
         self._last = -1
 
     def show(self, stored: int, planned: int) -> None:
         now = time.monotonic()
-        if planned and stored != self._last and (now >= self._due or stored >= planned):
-            click.echo(f"{min(stored, planned):,} of {planned:,} events stored")
-            self._due, self._last = now + LINE_EVERY_S, stored
+        if planned and stored != self._last and (now >= self._due_s or stored >= planned):
+            click.echo(f"{stored:,} of {max(stored, planned):,} stored")
+            self._due_s, self._last = now + LINE_EVERY_S, stored
 
 
 def _show(result: Result, running: Demo, *, keep: bool) -> None:

@@ -26,7 +26,7 @@ class Answer(NamedTuple):
 
 
 PATTERN_PROFIT = Query(
-    "Which pattern earned money? (signal and balance share a correlation id)",
+    "Which pattern earned money?",
     """\
 SELECT s.pattern_type, count(*) AS trades, round(avg(s.confidence), 1) AS confidence,
        round(sum(json_extract(b.data, '$.profit')), 2) AS profit
@@ -54,9 +54,11 @@ def trade_story(db: Path) -> Query | None:
     if not rows:
         return None
     return Query(
-        "What led to this trade, and to what did it lead?",
+        "The story of one trade: all of it has one correlation id",
         f"""\
-SELECT datetime(timestamp, 'unixepoch') AS utc, event_type, user_id, data
+SELECT datetime(timestamp, 'unixepoch') AS utc, event_type, user_id,
+       json_extract(data, '$.direction') AS side, json_extract(data, '$.confidence') AS conf,
+       json_extract(data, '$.open_price') AS price, json_extract(data, '$.profit') AS profit
 FROM events WHERE correlation_id = '{rows[0][0]}' ORDER BY seq""",
     )
 

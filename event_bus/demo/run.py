@@ -126,7 +126,7 @@ class Demo:
     def start(self) -> None:
         """Start `bitten up` and wait until the bus answers and the collector has asked it."""
         up = self._popen("-m", "event_bus", "up")
-        while not self._next_seq():
+        while not self._is_up():
             self._turn(up, "the bus does not start")
 
     def replay(self, on_progress: Callable[[int, int], None]) -> Result:
@@ -152,19 +152,18 @@ class Demo:
                         lines[key.data].append(line)
                     else:
                         selector.unregister(key.fileobj)
-                self.planned = sum(
-                    msgspec.json.decode(got[0])["events"] for got in lines.values() if got
-                )
-                on_progress(self._next_seq() - 1, planned)
+                if not planned and all(lines.values()):
+                    planned = sum(msgspec.json.decode(got[0])["events"] for got in lines.values())
+                on_progress(self._stored(), planned)
                 self._check(up, "the bus stopped")
         for role, process in publishers.items():
             if process.wait(STOP_S) or len(lines[role]) != 2:
                 raise BittenError(f"the publisher {role} failed: {self._last_log_line()}")
         last_seq = self._client.status()["last_seq"]
-        while (next_seq := self._next_seq()) <= last_seq:
-            on_progress(next_seq - 1, planned)
+        while (stored := self._stored()) < last_seq:
+            on_progress(stored, planned)
             self._turn(up, "the collector does not store")
-        on_progress(last_seq, planned)
+        on_progress(stored, planned)
         seconds = time.monotonic() - began
         plan = msgspec.json.decode(lines[ROLES[0]][0])
         reports = [msgspec.json.decode(lines[role][1]) for role in ROLES]
@@ -248,13 +247,18 @@ class Demo:
             argv += ["--candles", str(self._candles)]
         return self._popen(*argv, stdout=subprocess.PIPE, source=role)
 
-    def _next_seq(self) -> int:
-        """The first seq that the collector has not stored; 0 while it or the bus is not there."""
+    def _is_up(self) -> bool:
         try:
-            consumers = self._client.status(timeout_s=0.5)["consumers"]
+            return bool(self._client.status(timeout_s=0.5)["consumers"])
         except BusUnavailable:
-            return 0
-        return min((consumer["next_seq"] for consumer in consumers.values()), default=0)
+            return False
+
+    def _stored(self) -> int:
+        """The last seq in the database."""
+        rows = queries.run(
+            self.settings.db, "SELECT seq FROM events ORDER BY seq DESC LIMIT 1"
+        ).rows
+        return int(str(rows[0][0])) if rows else 0
 
     def _turn(self, up: subprocess.Popen[bytes], problem: str) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
