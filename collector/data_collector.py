@@ -9,10 +9,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-
-import msgspec
 
 from collector.reader import Reader
 from collector.store import DatabaseUnavailable, Store
@@ -20,7 +19,7 @@ from event_bus import protocol
 from event_bus.errors import BusRefused, BusUnavailable, DatabaseError, StartError, TrimmedRange
 from event_bus.event_schema import Registry
 from event_bus.lock import FileLock
-from event_bus.protocol import Client, FetchRequest
+from event_bus.protocol import Client
 from event_bus.settings import Settings
 from event_bus.subscriber import Batch, Cursor
 
@@ -30,9 +29,6 @@ CONSUMER = "data_collector"
 POLL_MS = 1_000
 PATIENCE_S = POLL_MS / 1000 + 2.0
 """When an answer is later than this, the bus is away and is asked again on a new connection."""
-
-CLAIM_S = 1.0
-"""How often a busy collector tells the bus how far it has stored."""
 
 RETRY_S = 1.0
 ALARM_S = 30.0
@@ -52,6 +48,7 @@ class DataCollector:
         self._settings = settings or Settings.load(db=db_path)
         self._stop = threading.Event()
         self._wake: socket.socket | None = None
+        self._said: set[str] = set()
         self.stored = 0
         """Events stored by `run` of this object."""
 
@@ -127,8 +124,8 @@ class DataCollector:
             closing.enter_context(wake)
             closing.enter_context(self._wake)
             registry = Registry(settings.schemas)
-            _verify(registry)
-            store = self._persist(lambda: Store(settings.db, registry))
+            self._verify(registry)
+            store = self._persist(partial(Store, settings.db, registry))
             if store is None:
                 return
             closing.callback(store.close)
@@ -138,63 +135,61 @@ class DataCollector:
             self._collect(client, store, registry)
 
     def _collect(self, client: Client, store: Store, registry: Registry) -> None:
-        cursor = Cursor(next_seq=store.last_seq + 1)
-        request = client.send(protocol.FETCH, _fetch(cursor, consumer=CONSUMER))
-        claimed_at = time.monotonic()
+        cursor = Cursor(next_seq=store.last_seq + 1, consumer=CONSUMER, wait_ms=POLL_MS)
+        request = client.send(protocol.FETCH, cursor.request())
         alarm_at = 0.0
         while not self._stop.is_set():
             store.check_file()
+            batches: list[Batch] = []
             try:
                 batches = self._receive(client, request, cursor, store)
             except InterruptedError:
                 return
             except (BusUnavailable, BusRefused) as e:
-                batches = []
                 if time.monotonic() >= alarm_at:
                     log.warning("%s", e)
                     alarm_at = time.monotonic() + ALARM_S
-                self._stop.wait(RETRY_S if isinstance(e, BusRefused) else 0)
+                if isinstance(e, BusRefused):
+                    self._stop.wait(RETRY_S)
             else:
                 if alarm_at:
                     log.info("the event bus answers again")
                 alarm_at = 0.0
-            # To ask as a consumer says that everything before is stored: the bus may then trim
-            # it. In between we ask without our name, ahead, and the bus reads while we write.
-            claim = not batches or time.monotonic() >= claimed_at + CLAIM_S
-            if not claim:
-                request = client.send(protocol.FETCH, _fetch(cursor))
+            # Asked for before this batch is stored: the broker reads while we write.
+            request = client.send(protocol.FETCH, cursor.request())
             if batches:
                 if registry.refresh():
-                    _verify(registry)
-                    self._persist(lambda: store.learn(registry))
-                stored = self._persist(lambda: store.write(batches, cursor.journal_id))  # noqa: B023
+                    self._verify(registry)
+                    self._persist(partial(store.learn, registry))
+                stored = self._persist(partial(store.write, batches, cursor.journal_id))
                 if stored is None:
                     return
                 self.stored += stored
-            if claim:
-                request = client.send(protocol.FETCH, _fetch(cursor, consumer=CONSUMER))
-                claimed_at = time.monotonic()
 
     def _receive(self, client: Client, request: bytes, cursor: Cursor, store: Store) -> list[Batch]:
+        """The next batches. Raises DatabaseError if they do not belong into this database."""
         try:
             batches = cursor.take(client.receive(request, PATIENCE_S))
-        except TrimmedRange as e:
+            store.check_journal(cursor.journal_id)
+        except BusRefused as e:
+            if not isinstance(e, TrimmedRange) and e.code != "ahead":
+                raise
             journal_id = client.status(PATIENCE_S)["journal_id"]
             store.check_journal(journal_id)
+            if not isinstance(e, TrimmedRange):
+                raise DatabaseError(
+                    f"{store.path} has events up to seq {store.last_seq}, but {e}",
+                    hint="restore the newer journal.db, or move the database aside to begin a new"
+                    " one",
+                ) from e
             self._skip(e.first_seq, cursor, store, journal_id)
             return []
-        _check_journal(cursor, store)
         return batches
 
     def _skip(self, first_seq: int, cursor: Cursor, store: Store, journal_id: str) -> None:
         """Go on at the first event that there is, and keep account of those that there are not."""
         first, last = store.last_seq + 1, first_seq - 1
-
-        def record() -> bool:
-            store.record_gap(first, last, journal_id)
-            return True
-
-        if self._persist(record):
+        if self._persist(partial(store.record_gap, first, last, journal_id)):
             cursor.next_seq = first_seq
             log.error(
                 "events %d to %d can no longer be stored: the journal begins at %d; to keep more, "
@@ -221,26 +216,10 @@ class DataCollector:
                     log.info("the database can be written again")
                 return result
 
-
-def _fetch(cursor: Cursor, consumer: str | None = None) -> bytes:
-    request = FetchRequest(from_seq=cursor.next_seq, wait_ms=POLL_MS, consumer=consumer)
-    return msgspec.json.encode(request)
-
-
-def _check_journal(cursor: Cursor, store: Store) -> None:
-    """Raise DatabaseError if the bus's journal is not the one that the database was filled from."""
-    store.check_journal(cursor.journal_id)
-    if cursor.next_seq is not None and cursor.last_seq < cursor.next_seq - 1:
-        raise DatabaseError(
-            f"{store.path} has events up to {store.last_seq}, the bus's journal ends at "
-            f"{cursor.last_seq}: it was replaced by an older copy",
-            hint="restore the newer journal.db, or move the database aside to begin a new one",
-        )
-
-
-def _verify(registry: Registry) -> None:
-    """Leave out own types that cannot be used, and say which."""
-    registry.verify()
-    for problem in registry.problems:
-        log.error("event type left out: %s", problem)
-    registry.problems.clear()
+    def _verify(self, registry: Registry) -> None:
+        """Leave out own types that cannot be used, and say once which."""
+        registry.verify()
+        for problem in map(str, registry.problems):
+            if problem not in self._said:
+                self._said.add(problem)
+                log.error("event type left out: %s", problem)

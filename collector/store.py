@@ -285,11 +285,12 @@ class Store:
         split = [_split_id(i) for i in ids]
         return [self._names[token] for token, _ in split], [n for _, n in split]
 
-    def record_gap(self, first_seq: int, last_seq: int, journal_id: str) -> None:
-        """Note that these events are gone from the journal and will never be stored."""
+    def record_gap(self, first_seq: int, last_seq: int, journal_id: str) -> int:
+        """Note that these events can no longer be stored; returns how many they are."""
         with self._transaction():
             self._bind(journal_id)
             self._db.execute("INSERT INTO _gap VALUES (?,?,?)", (first_seq, last_seq, time.time()))
+        return last_seq - first_seq + 1
 
     def _bind(self, journal_id: str) -> None:
         self.check_journal(journal_id)
