@@ -19,9 +19,8 @@ import psutil
 import pytest
 from conftest import wait_until
 
-from event_bus.demo import market, strategy
+from event_bus.demo import Result, market, strategy
 from event_bus.demo.market import CANDLE_S, Candle
-from event_bus.demo.run import Result
 from event_bus.demo.strategy import HOLD_CANDLES, Trade, User
 
 CANDLES = 300

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import shlex
 import signal
 import sys
 import time
@@ -17,7 +18,6 @@ from rich.progress import BarColumn, Progress, TextColumn
 from event_bus.cli.output import print_json, print_table, printable
 from event_bus.demo import Demo, Result
 from event_bus.demo.market import SPREAD
-from event_bus.settings import Settings
 
 SHOWN_ROWS = 5
 SHOWN_CHARACTERS = 50
@@ -28,8 +28,7 @@ LINE_EVERY_S = 1.0
 @click.option("--candles", type=click.IntRange(min=2), help="Replay the last N only.", metavar="N")
 @click.option("--keep", is_flag=True, help="Leave the database, to query it.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else.")
-@click.pass_obj
-def demo(settings: Settings, candles: int | None, keep: bool, as_json: bool) -> None:
+def demo(candles: int | None, keep: bool, as_json: bool) -> None:
     """See it work: real EURUSD candles through a real bus into SQLite, checked at the end.
 
     Bus, collector and two publishers run in a temporary directory and on free ports; nothing of
@@ -157,7 +156,7 @@ def _show(result: Result, running: Demo, *, keep: bool) -> None:
         for report in result.reports:
             click.echo(printable(report))
     if keep:
-        click.echo(f"Kept: {db}. Remove it with: rm -r {running.home}")
+        click.echo(f"Kept: {db}. Remove it with: rm -r {shlex.quote(str(running.home))}")
     else:
         click.echo("The database is removed now; with --keep it stays, and the queries above work.")
 

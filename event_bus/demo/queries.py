@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sqlite3
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from event_bus.errors import DatabaseError
 
 BUSY_TIMEOUT_S = 5.0
 
@@ -22,7 +25,7 @@ class Query(NamedTuple):
 
 class Answer(NamedTuple):
     columns: tuple[str, ...]
-    rows: list[tuple[object, ...]]
+    rows: list[tuple[Any, ...]]
 
 
 PATTERN_PROFIT = Query(
@@ -64,11 +67,15 @@ FROM events WHERE correlation_id = '{rows[0][0]}' ORDER BY seq""",
 
 
 def run(db: Path, sql: str) -> Answer:
-    """Run SQL on the database, for reading only, with the SQLite that Python brings."""
-    connection = sqlite3.connect(f"{db.as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT_S)
+    """Run SQL on the database, for reading only, with the SQLite that Python brings.
+
+    Raises DatabaseError.
+    """
     try:
-        cursor = connection.execute(sql)
-        columns = tuple(description[0] for description in cursor.description)
-        return Answer(columns, cursor.fetchall())
-    finally:
-        connection.close()
+        connection = sqlite3.connect(f"{db.as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT_S)
+        with contextlib.closing(connection):
+            cursor = connection.execute(sql)
+            columns = tuple(description[0] for description in cursor.description)
+            return Answer(columns, cursor.fetchall())
+    except sqlite3.Error as e:
+        raise DatabaseError(f"cannot read {db}: {e}") from e

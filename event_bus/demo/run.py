@@ -1,4 +1,4 @@
-"""Orchestration: daemons and publishers as processes in a temporary home, then the check."""
+"""The demo's processes: daemons and publishers in a temporary home that is theirs alone."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ import msgspec
 
 import event_bus
 from event_bus.demo import queries
-from event_bus.demo.queries import Answer, Query
+from event_bus.demo.result import Result, gather
 from event_bus.errors import BittenError, BusUnavailable, SettingsError, StartError
 from event_bus.protocol import Client
 from event_bus.settings import Settings
@@ -37,46 +35,11 @@ TURN_S = 0.05
 LOG = "demo.log"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What the demo did. `published` and `stored` are counts by event type of the two publishers'
-    events, `other` counts by (event type, source) what else is stored; `audit` is the answer of
-    `bitten audit --json`; `first` and `last` are the candles' own times, Unix seconds."""
-
-    candles: int
-    first: float
-    last: float
-    seconds: float
-    published: dict[str, int]
-    stored: dict[str, int]
-    sources: dict[str, str]
-    other: dict[tuple[str, str], int]
-    reports: list[dict[str, Any]]
-    audit: dict[str, Any]
-    answers: list[tuple[Query, Answer]] = field(default_factory=list)
-
-    @property
-    def total(self) -> int:
-        """Events in the database."""
-        return sum(self.stored.values()) + sum(self.other.values())
-
-    @property
-    def complete(self) -> bool:
-        """Every event taken by a bridge is stored, under its type, and the audit agrees."""
-        taken = all(not (r["waiting"] or r["dropped"] or r["refused"]) for r in self.reports)
-        return (
-            taken
-            and self.published == self.stored
-            and self.audit["published"] == self.audit["stored"] == self.total
-            and self.audit["lost"] == 0
-        )
-
-
 class Demo:
     """A home with a bus, a collector and two publishers of its own. Use as a context manager:
     leaving it stops the processes and removes the home unless `keep`.
 
-    `settings` of the caller play no part: neither home, ports nor variables. Raises SettingsError
+    The user's own settings play no part: neither home, ports nor variables. Raises SettingsError
     if the candles' package is missing, BittenError if a process fails or time runs out.
     """
 
@@ -167,60 +130,17 @@ class Demo:
         seconds = time.monotonic() - began
         plan = msgspec.json.decode(lines[ROLES[0]][0])
         reports = [msgspec.json.decode(lines[role][1]) for role in ROLES]
-        return self._result(plan, reports, seconds)
-
-    def _result(
-        self, plan: dict[str, Any], reports: list[dict[str, Any]], seconds: float
-    ) -> Result:
-        db = self.settings.db
-        audit = self._audit()
-        published: Counter[str] = Counter()
-        sources = {}
-        for report in reports:
-            published.update(report["published"])
-            sources.update(dict.fromkeys(report["published"], report["source"]))
-        counted = queries.run(
-            db,
-            "SELECT event_type, source, count(*) FROM events"
-            f" WHERE seq <= {audit['published']} GROUP BY 1, 2 ORDER BY 3 DESC",
-        )
-        stored: dict[str, int] = {}
-        other: dict[tuple[str, str], int] = {}
-        for event_type, source, count in counted.rows:
-            if sources.get(str(event_type)) == source:
-                stored[str(event_type)] = int(str(count))
-            else:
-                other[str(event_type), str(source)] = int(str(count))
-        asked = [queries.PATTERN_PROFIT, queries.DAILY_RANGE, queries.trade_story(db)]
-        return Result(
-            candles=plan["candles"],
-            first=plan["first"],
-            last=plan["last"],
-            seconds=seconds,
-            published=dict(published),
-            stored=stored,
-            sources=sources,
-            other=other,
-            reports=reports,
-            audit=audit,
-            answers=[(q, queries.run(db, q.sql)) for q in asked if q],
-        )
+        return gather(self.settings.db, plan, reports, self._audit(), seconds)
 
     def _audit(self) -> dict[str, Any]:
         """The audit, again while an event is on its way: the bus reports its health."""
         while True:
-            done = subprocess.run(
-                [sys.executable, "-m", "event_bus", "audit", "--json"],
-                env=self._environ,
-                capture_output=True,
-                timeout=TIME_LIMIT_S,
-                check=False,
-            )
+            process = self._popen("-m", "event_bus", "audit", "--json", stdout=subprocess.PIPE)
             try:
-                ledger: dict[str, Any] = msgspec.json.decode(done.stdout)
-            except msgspec.DecodeError as e:
-                reason = done.stderr.decode(errors="replace").strip()
-                raise BittenError(f"the audit failed, code {done.returncode}: {reason}") from e
+                output, _ = process.communicate(timeout=STOP_S)
+                ledger: dict[str, Any] = msgspec.json.decode(output)
+            except (msgspec.DecodeError, subprocess.TimeoutExpired) as e:
+                raise BittenError(f"the audit failed: {self._last_log_line()}") from e
             if not ledger["waiting"]:
                 return ledger
             self._turn(self._processes[0], "the collector does not store")
@@ -258,7 +178,7 @@ class Demo:
         rows = queries.run(
             self.settings.db, "SELECT seq FROM events ORDER BY seq DESC LIMIT 1"
         ).rows
-        return int(str(rows[0][0])) if rows else 0
+        return int(rows[0][0]) if rows else 0
 
     def _turn(self, up: subprocess.Popen[bytes], problem: str) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -280,7 +200,7 @@ class Demo:
 
 
 @contextlib.contextmanager
-def _interrupts_held() -> Any:
+def _interrupts_held() -> Iterator[None]:
     """Let nothing cut the cleaning up short; it ends by itself."""
     if threading.current_thread() is not threading.main_thread():
         yield
