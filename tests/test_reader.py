@@ -142,7 +142,7 @@ def test_missing_or_unfinished_database_says_how_to_start_one(
 def test_corrupt_or_foreign_database_is_named(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     path.write_bytes(b"no database" * 1000)
-    with pytest.raises(DatabaseError, match="cannot read .*not a database"):
+    with pytest.raises(DatabaseError, match=r"cannot read .*not a database"):
         DataCollector(path).get_stats()
     path.unlink()
     by_program(path, "CREATE TABLE x (y)")
@@ -163,13 +163,14 @@ def test_asking_leaves_no_descriptor_open(path: Path) -> None:
         collector.get_stats()
         collector.query_events()
 
+    descriptors = Path("/proc/self/fd")
     ask()
     gc.collect()
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(descriptors.iterdir()))
     for _ in range(10):
         ask()
     gc.collect()  # an unclosed socket warns here, and warnings are errors
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(descriptors.iterdir())) == before
 
 
 @pytest.mark.parametrize(
