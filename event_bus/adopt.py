@@ -26,6 +26,7 @@ class SpoolAdopter:
         self._path = directory
         self._offset = 0
         self._fed = 0
+        self._left: set[Path] = set()
 
     @property
     def pending(self) -> bool:
@@ -36,36 +37,52 @@ class SpoolAdopter:
         if self._fd >= 0:
             return
         for path in sorted(self._directory.glob("*.ndjson")):
+            if path in self._left:
+                continue
             try:
                 fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue  # delivered meanwhile
             except OSError as e:
-                log.warning("cannot adopt %s: %s", path, e.strerror)
+                self._leave(path, e)
                 continue
             try:
                 fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Its process may have removed it just now, and begun another of the same name.
+                held = os.path.samestat(os.fstat(fd), path.stat())
             except OSError:
-                os.close(fd)  # its process is alive and delivers it
-                continue
-            if os.fstat(fd).st_size == 0:
+                held = False  # its process is alive and delivers it
+            if held and os.fstat(fd).st_size:
+                log.info("adopting %s", path)
+                self._fd, self._path, self._offset, self._fed = fd, path, 0, 0
+                return
+            if held:
                 path.unlink(missing_ok=True)
-                os.close(fd)
-                continue
-            log.info("adopting %s", path)
-            self._fd, self._path, self._offset, self._fed = fd, path, 0, 0
-            return
+            os.close(fd)
 
     def feed(self, intake: Intake, max_bytes: int) -> None:
         """Give the next chunk to the intake, unless its group is large already."""
         if self._fd < 0 or intake.pending_bytes >= max_bytes:
             return
-        chunk = os.pread(self._fd, CHUNK_BYTES, self._offset)
-        end = chunk.rfind(b"\n") + 1
-        if not end:  # one line longer than a chunk, or a last line cut short by a crash
-            chunk = os.pread(self._fd, 8 * CHUNK_BYTES, self._offset)
-            end = chunk.find(b"\n") + 1 or len(chunk)
+        try:
+            chunk = os.pread(self._fd, CHUNK_BYTES, self._offset)
+            end = chunk.rfind(b"\n") + 1
+            if not end:  # one line longer than a chunk, or a last line cut short by a crash
+                chunk = os.pread(self._fd, 8 * CHUNK_BYTES, self._offset)
+                end = chunk.find(b"\n") + 1 or len(chunk)
+        except OSError as e:
+            self._leave(self._path, e)
+            os.close(self._fd)
+            self._fd = -1
+            return
         if chunk:
             self._fed = end
             intake.take(chunk[:end])
+
+    def _leave(self, path: Path, error: OSError) -> None:
+        """Say once that a file cannot be read; it is tried again when the broker restarts."""
+        log.error("cannot adopt %s: %s; its events wait there", path, error.strerror)
+        self._left.add(path)
 
     def done(self) -> None:
         """The fed chunk is on disk in the journal."""

@@ -5,27 +5,31 @@ from __future__ import annotations
 import atexit
 import base64
 import contextlib
-import decimal
-import enum
-import functools
-import json
 import logging
 import os
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from event_bus import envelope
 from event_bus.envelope import MAX_EVENT_BYTES, Envelope
-from event_bus.errors import BittenError, RejectedEvent
+from event_bus.errors import RejectedEvent
 from event_bus.event_schema import Registry
+from event_bus.outbox import Outbox
+from event_bus.plain import (
+    as_rejection,
+    as_sent,
+    as_text,
+    plain_data,
+    plain_name,
+    plain_timestamp,
+    printable,
+)
 from event_bus.settings import Settings
 
 log = logging.getLogger("event_bus.bridge")
@@ -34,52 +38,87 @@ LOG_INTERVAL_S = 60.0
 MAX_RAW_BYTES = 700 << 10
 """What is kept of a refused event: it travels in base64 within the limit of an event."""
 
-CLOSE_TIMEOUT_S = 1.5
+CLOSE_TIMEOUT_S = 1.0
+"""For what is on its way when the process ends. pm2 kills 1.6 s after it has asked to stop."""
+
+BATCH_EVENTS = 2_000
+BATCH_BYTES = 512 << 10
+
+_NO_ID = b'{"event_id":"-",'
+_OWN_TYPES = ("event_rejected", "bridge_loss")
 
 _correlation: ContextVar[str | None] = ContextVar("bitten_correlation", default=None)
+
+
+class _Loss(msgspec.Struct):
+    """Events dropped since the bus was last told."""
+
+    reason: str
+    first_at: float
+    last_at: float
+    events: int = 0
 
 
 class Bridge:
     """Queue between callers and the delivery thread of one process.
 
-    `emit` may be called from any thread. The thread is started by the first event; a forked child
-    starts afresh with a producer token of its own.
+    `emit` may be called from any thread, from signal handlers and from finalizers. The thread is
+    started by the first event; a forked child starts afresh with a producer token of its own.
+    After `close` every event goes straight to the spool: handlers that run at exit may emit.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.source = settings.source or _script_name()
+        self.source = printable(settings.source or "python")[:255]
         self.enabled = settings.enabled
         self.registry = Registry(settings.schemas)
         self._checks: dict[str, Callable[[Any], bool]] = {}
-        self._encode = msgspec.json.Encoder(decimal_format="number", enc_hook=_plain_object).encode
+        self._encode = msgspec.json.Encoder(decimal_format="number").encode
         self._last_logged: dict[Any, float] = {}
         self._reset()
-        os.register_at_fork(after_in_child=self._reset)
+        os.register_at_fork(
+            before=self._before_fork,
+            after_in_parent=self._after_fork_in_parent,
+            after_in_child=self._after_fork_in_child,
+        )
+        atexit.register(self.close)
 
     def _reset(self) -> None:
         self.token = envelope.new_producer()
-        self.lock = threading.Lock()
-        self.queue: deque[bytes] = deque()
-        self.queue_bytes = 0
-        self.idle = False
+        self.outbox = Outbox(self.settings, self.token)
+        self.lock = self.outbox.lock
+        self.imports = threading.RLock()
+        self.idle = self.warned = False
         self.closing_at: float | None = None
-        self.settled = 0
         self.settled_changed = threading.Condition()
-        self.acked = self.dropped = self.refused = self.refused_by_bus = self.spooled = 0
+        self.acked = self.lost = self.overflowed = self.refused = self.refused_by_bus = 0
         self.connected = False
         self.last_error = ""
-        self.losses: tuple[str, float, float] | None = None
+        self.loss: _Loss | None = None
         self._n = 0
+        self._dropped_at_flush = 0
+        self._closed = False
         self._thread: threading.Thread | None = None
-        for fd in getattr(self, "_wake_pipe", ()):
-            os.close(fd)
         self._wake_pipe: tuple[int, ...] = ()
 
+    # A fork in the middle of another thread's import would leave the child with a module lock
+    # that nobody releases; it waits for the few milliseconds that the imports take, once.
+
+    def _before_fork(self) -> None:
+        self.imports.acquire()
+
+    def _after_fork_in_parent(self) -> None:
+        self.imports.release()
+
+    def _after_fork_in_child(self) -> None:
+        self.outbox.spool.release()
+        for fd in self._wake_pipe:
+            os.close(fd)
+        self._reset()
+
     @property
-    def emitted(self) -> int:
-        """Events queued so far, dropped ones among them."""
-        return self._n
+    def dropped(self) -> int:
+        return self.overflowed + self.lost
 
     def emit(
         self,
@@ -90,299 +129,292 @@ class Bridge:
         correlation_id: Any = None,
         causation_id: Any = None,
         source: Any = None,
-        timestamp: float | None = None,
+        timestamp: Any = None,
     ) -> str | None:
         """Queue an event; its id, or None if it was refused or dropped. Never raises."""
         if not self.enabled:
             return None
+        fields: dict[str, Any] = {"source": self.source}
         try:
-            fields: dict[str, Any] = {
-                "event_type": event_type,
-                "timestamp": time.time() if timestamp is None else float(timestamp),
-                "source": self.source if source is None else _name(source, "source"),
-            }
-            correlation_id = correlation_id or _correlation.get()
-            if correlation_id:
-                fields["correlation_id"] = _name(correlation_id, "correlation_id")
-            if causation_id:
-                fields["causation_id"] = _name(causation_id, "causation_id")
+            fields["timestamp"] = time.time() if timestamp is None else plain_timestamp(timestamp)
+            if source is not None:
+                fields["source"] = plain_name(source, "source")
+            if correlation_id is None or correlation_id == "":
+                correlation_id = _correlation.get()
             if user_id is None and type(data) is dict:
                 user_id = data.get("user_id")
             if user_id is not None and user_id != "":
-                fields["user_id"] = _name(user_id, "user_id")
-        except Exception as e:
-            return self.refuse(e, event_type, data, {"source": self.source})
+                fields["user_id"] = plain_name(user_id, "user_id")
+            if correlation_id is not None:
+                fields["correlation_id"] = plain_name(correlation_id, "correlation_id")
+            if causation_id is not None and causation_id != "":
+                fields["causation_id"] = plain_name(causation_id, "causation_id")
+            return self._append(self._line(event_type, data, fields))
+        except Exception as e:  # noqa: BLE001 - whatever is wrong with it, the caller goes on
+            self.refuse(e, event_type, data, fields)
+            return None
+
+    def _line(self, event_type: str, data: Any, fields: dict[str, Any]) -> bytes:
+        """The event as canonical JSON, its id left out as in `_NO_ID`. Raises RejectedEvent."""
+        check = self._checks.get(event_type) or self._learn(event_type)
         try:
-            try:
-                valid = (self._checks.get(event_type) or self._learn(event_type))(data)
-                payload = self._encode(data) if valid else b""
-            except ValueError:  # an object that is no JSON: perhaps it has a plain form
-                valid = False
-            if not valid or b"null" in payload:  # a null may be a NaN in disguise
-                payload = self._encode(self._plain(event_type, data))
-            return self._append(fields, payload)
-        except Exception as e:
-            return self.refuse(e, event_type, data, fields)
+            if check(data):
+                payload = self._encode(data)
+                line = _encode_event(event_type, msgspec.Raw(payload), fields)
+                # A null may be a NaN in disguise; what else the broker would refuse, such as a
+                # repeated key or 65 bits, its own quick check finds.
+                if b"null" not in payload and envelope.decode_canonical(line + b"\n"):
+                    return line
+        except (ValueError, TypeError, RecursionError):
+            pass  # no plain JSON: perhaps it becomes one
+        data = plain_data(self.registry.get(event_type), data)
+        return _encode_event(event_type, data, fields)
 
     def _learn(self, event_type: str) -> Callable[[Any], bool]:
+        if not isinstance(event_type, str):
+            raise RejectedEvent("event_type is no string", rule="type", path="event_type")
         known = self.registry.get(event_type)
-        if known.storage.live_only or event_type in ("event_rejected", "bridge_loss"):
-            raise RejectedEvent(f"{event_type} is the bus's own", rule="event_type", path="event_type")
-        check: Callable[[Any], bool] = known.is_valid
+        if known.storage.live_only or event_type in _OWN_TYPES:
+            raise RejectedEvent(
+                f"{event_type} is the bus's own", rule="event_type", path="event_type"
+            )
+        with self.imports:
+            check: Callable[[Any], bool] = known.is_valid
         self._checks[event_type] = check
         return check
 
-    def _plain(self, event_type: str, data: Any) -> dict[str, Any]:
-        """Data as plain JSON values, checked. Raises RejectedEvent.
+    def _append(self, line: bytes, *, own: bool = False) -> str | None:
+        """Number and queue an event; its id, or None if there was no room for it.
 
-        Objects with an evident plain form (numpy scalars, decimals, dates, enums, dataclasses)
-        take it, and None in an optional field that allows no null means that it is absent.
+        The bus's own account of losses is let in above the bounds.
         """
-        envelope.check_value(data, "data")
-        plain = msgspec.json.decode(self._encode(data))
-        if not isinstance(plain, dict):
+        size = len(line) + len(self.token) + 20
+        if size > MAX_EVENT_BYTES:
             raise RejectedEvent(
-                f"data of {event_type} is no JSON object but {type(data).__name__}",
-                rule="type",
-                path="data",
-                value=repr(data)[:80],
+                f"event of {size} bytes is over the limit of {MAX_EVENT_BYTES}",
+                rule="maxBytes",
+                value=str(size),
             )
-        known = self.registry.get(event_type)
-        required = known.schema.get("required", ())
-        for name, schema in known.properties.items():
-            may_be_null = "null" in schema.get("type", "null")
-            if name not in required and not may_be_null and plain.get(name, 0) is None:
-                del plain[name]
-        known.check(plain)
-        envelope.check_value(plain, "data")
-        return plain
-
-    def _append(self, fields: dict[str, Any], payload: bytes) -> str | None:
-        """Number, encode and queue; the event's id, or None if there was no room for it."""
+        problem = ""
         with self.lock:
-            n = self._n + 1
-            event_id = f"{self.token}-{n}"
-            event = Envelope(event_id=event_id, data=msgspec.Raw(payload), **fields)
-            line = envelope.encode(event)
-            size = len(line) + 1
-            if size > MAX_EVENT_BYTES:
-                raise RejectedEvent(
-                    f"event of {size} bytes is over the limit of {MAX_EVENT_BYTES}",
-                    rule="maxBytes",
-                    value=str(size),
-                )
-            self._n = n
-            if (
-                len(self.queue) >= self.settings.outbox_max_events
-                or self.queue_bytes + size > self.settings.outbox_max_bytes
-            ):
-                self.drop("memory full")
-                return None
-            self.queue.append(line)
-            self.queue_bytes += size
-            if self._thread is None:
-                self._start()
-            idle = self.idle
-            self.idle = False
-        if idle:
-            self.wake()
+            outbox = self.outbox
+            if not own and not outbox.has_room(size):
+                self._count_loss(1, "memory full")
+                self.overflowed += 1
+                event_id, wake = None, not self.warned
+            else:
+                event_id = self._next_id()
+                outbox.put(_with_id(line, event_id))
+                wake = self.idle or (not self.warned and outbox.crowded)
+                if self._closed:
+                    problem = self._spill_rest()
+                elif self._thread is None:
+                    problem = self._start()
+            if wake:
+                self.idle, self.warned = False, True
+        if wake:
+            self._wake()
+        if event_id is None:
+            self.warn("dropped", "an event was dropped: memory full")
+        if problem:
+            self.warn("problem", problem)
         return event_id
 
-    def drop(self, reason: str) -> None:
-        """Count one event that nobody will see again; the bus is told when it can be."""
+    def _count_loss(self, events: int, reason: str) -> None:
         now = time.time()
-        first = self.losses[1] if self.losses else now
-        self.losses = (reason, first, now)
-        self.dropped += 1
-        self._log("dropped", f"an event was dropped: {reason}")
+        if self.loss is None:
+            self.loss = _Loss(reason, now, now)
+        self.loss.events += events
+        self.loss.last_at = now
 
-    def report_losses(self, already: int) -> None:
-        """Queue a bridge_loss event for the drops since `already`."""
-        if self.losses is None:
-            return
-        reason, first_at, last_at = self.losses
-        self.losses = None
+    def lose(self, events: int, reason: str) -> None:
+        """Count queued events that can no longer be delivered; the bus is told when it can be."""
+        with self.lock:
+            self._count_loss(events, reason)
+        self.settle(lost=events)
+        self.warn("lost", f"{events} events are lost: {reason}")
+
+    def _loss_line(self) -> bytes | None:
+        """A bridge_loss event for what was dropped since the last one, if anything was."""
+        with self.lock:
+            loss, self.loss = self.loss, None
+            dropped_total = self.dropped
+        if loss is None:
+            return None
         data = {
             "producer": self.token,
-            "dropped": self.dropped - already,
-            "dropped_total": self.dropped,
-            "reason": reason,
-            "first_at": first_at,
-            "last_at": last_at,
+            "dropped": loss.events,
+            "dropped_total": dropped_total,
+            "reason": loss.reason[:255],
+            "first_at": loss.first_at,
+            "last_at": loss.last_at,
         }
-        self._own_event("bridge_loss", data)
+        fields = {"timestamp": time.time(), "source": self.source}
+        return _encode_event("bridge_loss", data, fields)
 
-    def _own_event(self, event_type: str, data: dict[str, Any]) -> None:
-        fields = {"event_type": event_type, "timestamp": time.time(), "source": self.source}
-        self._append(fields, self._encode(data))
+    def report_loss(self) -> None:
+        line = self._loss_line()
+        if line is not None:
+            self._append(line, own=True)
 
-    def refuse(
-        self, error: Exception, event_type: Any, data: Any, fields: dict[str, Any]
-    ) -> None:
+    def refuse(self, error: Exception, event_type: Any, data: Any, fields: dict[str, Any]) -> None:
         """Count, log and send to the bus what was refused; the caller's thread goes on."""
         try:
-            if not isinstance(error, RejectedEvent):
-                error = RejectedEvent(f"{type(error).__name__}: {error}", rule="encoding", path="data")
-            self.refused += 1
-            self._log((event_type, error.rule, error.path), f"{event_type} refused: {error}")
-            raw = _as_sent(fields | {"event_type": event_type, "data": data})
+            with self.lock:
+                self.refused += 1
+            error = as_rejection(error)
+            name = event_type if isinstance(event_type, str) else as_text(event_type)
+            name = printable(name)[:64]
+            kind = (name if name in self.registry.types else "", error.rule, error.path)
+            self.warn(kind, f"{name} refused: {error}")
+            raw = as_sent({"event_type": event_type, **fields, "data": data})
+            source = printable(fields.get("source", self.source))[:255]
             rejection = {
                 "reason": str(error),
                 "rule": error.rule,
                 "path": error.path,
                 "value": error.value,
-                "event_type": str(event_type)[:64],
-                "source": fields.get("source", self.source),
+                "event_type": name,
+                "source": source,
             }
-            clean = {k: _printable(v) for k, v in rejection.items() if v}
-            clean["raw"] = base64.b64encode(raw[:MAX_RAW_BYTES]).decode()
-            clean["raw_bytes"] = len(raw)
-            self._own_event("event_rejected", clean)
-        except Exception:
-            log.exception("an event was refused, and its account could not be queued")
+            account: dict[str, Any] = {k: v for k, v in rejection.items() if v}
+            account["raw"] = base64.b64encode(raw[:MAX_RAW_BYTES]).decode()
+            account["raw_bytes"] = len(raw)
+            own_fields = {"timestamp": time.time(), "source": self.source}
+            self._append(_encode_event("event_rejected", account, own_fields))
+        except Exception as e:  # noqa: BLE001 - a refusal must not hurt the caller either
+            self.warn("refuse", f"an event was refused, and its account failed: {as_text(e)}")
 
-    def _log(self, kind: Any, message: str) -> None:
+    def warn(self, kind: Any, message: str) -> None:
         """Warn once a minute for each kind: a bad event may come a thousand times a second."""
         now = time.monotonic()
         if now - self._last_logged.get(kind, -LOG_INTERVAL_S) >= LOG_INTERVAL_S:
             if len(self._last_logged) > 1_000:
                 self._last_logged.clear()
             self._last_logged[kind] = now
-            log.warning("%s", message)
+            with contextlib.suppress(Exception):  # the caller's own handlers may fail
+                log.warning("%s", message)
 
-    def _start(self) -> None:
-        from event_bus.delivery import Delivery
-
+    def _start(self) -> str:
+        """Start the delivery thread; why that was not possible, or empty."""
         read, write = os.pipe()
         os.set_blocking(read, False)
         os.set_blocking(write, False)
-        self._wake_pipe = (read, write)
-        self._thread = threading.Thread(
-            target=Delivery(self, read).run, name="bitten-bridge", daemon=True
+        thread = threading.Thread(
+            target=self._deliver, args=(read,), name="bitten-bridge", daemon=True
         )
         try:
-            self._thread.start()
+            thread.start()
         except RuntimeError as e:  # no thread to be had, or the interpreter is going down
-            self._thread = None
-            self._wake_pipe = ()
             os.close(read)
             os.close(write)
-            self._log("thread", f"events wait in memory: {e}")
-            return
-        atexit.register(self.close)
+            return f"events wait in memory: {e}"
+        self._thread, self._wake_pipe = thread, (read, write)
         if "multiprocessing.util" in sys.modules:  # its children end without running atexit
             sys.modules["multiprocessing.util"].Finalize(None, self.close, exitpriority=0)
+        return ""
 
-    def wake(self) -> None:
-        with contextlib.suppress(BlockingIOError, IndexError):  # full: it is awake, or will be
+    def _deliver(self, wake_fd: int) -> None:
+        with self.imports:  # 25 ms that no caller waits for
+            from event_bus.delivery import Delivery
+
+        Delivery(self, wake_fd).run()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError, IndexError):  # full: it is awake, or will be
             os.write(self._wake_pipe[1], b"\0")
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until the broker has acknowledged what was emitted so far; False after the timeout."""
+        """Wait until what was emitted so far is acknowledged, `timeout_s` at the longest.
+
+        False after the timeout, and if events were dropped since the last flush: as with fsync, a
+        loss is told once.
+        """
         target = self._n
         with self.settled_changed:
-            return self.settled_changed.wait_for(lambda: self.settled >= target, timeout_s)
+            done = self.settled_changed.wait_for(
+                lambda: self.acked + self.lost >= target, timeout_s
+            )
+            dropped, before = self.dropped, self._dropped_at_flush
+            self._dropped_at_flush = dropped
+        return done and dropped == before
 
-    def settle(self, events: int) -> None:
+    def settle(self, *, acked: int = 0, lost: int = 0) -> None:
         with self.settled_changed:
-            self.settled += events
+            self.acked += acked
+            self.lost += lost
             self.settled_changed.notify_all()
 
     def stats(self) -> dict[str, Any]:
         """Counts of this process, as `event_bridge.stats` documents them."""
-        return {
-            "producer": self.token,
-            "source": self.source,
-            "enabled": self.enabled,
-            "connected": self.connected,
-            "emitted": self._n,
-            "acked": self.acked,
-            "waiting": self._n - self.acked - self.dropped,
-            "queued_bytes": self.queue_bytes,
-            "spooled": self.spooled,
-            "dropped": self.dropped,
-            "refused": self.refused,
-            "refused_by_bus": self.refused_by_bus,
-            "last_error": self.last_error,
-        }
+        with self.settled_changed, self.lock:
+            return {
+                "producer": self.token,
+                "source": self.source,
+                "enabled": self.enabled,
+                "connected": self.connected,
+                "emitted": self._n + self.overflowed,
+                "acked": self.acked,
+                "waiting": self._n - self.acked - self.lost,
+                "queued_bytes": self.outbox.size_bytes,
+                "spooled": self.outbox.spool.events,
+                "dropped": self.dropped,
+                "refused": self.refused,
+                "refused_by_bus": self.refused_by_bus,
+                "last_error": self.last_error,
+            }
 
     def close(self) -> None:
-        """Deliver or spool what waits, within two seconds; called when the interpreter exits."""
+        """Deliver or spool what waits, within 1.4 s; called when the interpreter exits."""
         thread = self._thread
-        if thread is None or not thread.is_alive() or thread is threading.current_thread():
-            return
-        self.closing_at = time.monotonic() + CLOSE_TIMEOUT_S
-        self.wake()
-        thread.join(CLOSE_TIMEOUT_S + 0.4)
+        if thread is not None:
+            self.closing_at = time.monotonic() + CLOSE_TIMEOUT_S
+            self._wake()
+            thread.join(CLOSE_TIMEOUT_S + 0.4)
+            if thread.is_alive():
+                self.warn("close", "events are still being written; the process ends without them")
+                return
+        with self.lock:
+            self._closed = True
+            problem = self._spill_rest()
+        if problem:
+            self.warn("problem", problem)
+
+    def _spill_rest(self) -> str:
+        """Nobody will deliver any more: all goes to the spool, and what cannot is lost."""
+        outbox = self.outbox
+        problem = outbox.spill(BATCH_EVENTS, BATCH_BYTES)
+        if problem:
+            lines = outbox.take(len(outbox.lines), outbox.size_bytes)
+            self._count_loss(len(lines), problem)
+            self.lost += len(lines)
+            problem = f"{len(lines)} events are lost as this process ends: {problem}"
+        line = self._loss_line()
+        if line is not None:
+            report = [_with_id(line, self._next_id())]
+            self.lost += bool(outbox.spool_lines(report, over_limit=True))
+        return problem
+
+    def _next_id(self) -> str:
+        self._n += 1
+        return f"{self.token}-{self._n}"
 
 
 @contextlib.contextmanager
-def correlation(correlation_id: str | None = None) -> Iterator[str]:
+def correlation(correlation_id: Any = None) -> Iterator[str]:
     """Events emitted inside carry this correlation id, a new one if none is given."""
     value = str(correlation_id) if correlation_id else envelope.new_producer()
     token = _correlation.set(value)
     try:
         yield value
     finally:
-        _correlation.reset(token)
+        with contextlib.suppress(ValueError):  # a generator that another task or thread closes
+            _correlation.reset(token)
 
 
-@functools.cache
-def process_bridge() -> Bridge:
-    """The one bridge of this process.
-
-    Settings that cannot be used are logged and replaced by the defaults: an import must not fail.
-    """
-    try:
-        settings = Settings.load()
-    except BittenError as e:
-        log.error("%s; the bridge goes on with the defaults", e)
-        settings = Settings(home=Path(os.environ.get("BITTEN_HOME") or Path.home() / ".bitten"))
-    return Bridge(settings)
+def _encode_event(event_type: str, data: Any, fields: dict[str, Any]) -> bytes:
+    return envelope.encode(Envelope(event_id="-", event_type=event_type, data=data, **fields))
 
 
-def _name(value: Any, what: str) -> str:
-    text = str(value)
-    if not 0 < len(text) <= 255:
-        raise RejectedEvent(
-            f"{what} has {len(text)} characters, 1 to 255 are allowed",
-            rule="maxLength",
-            path=what,
-            value=text[:40],
-        )
-    return text
-
-
-def _script_name() -> str:
-    """What the running process is called: pm2's name for it, or the script's."""
-    name = os.environ.get("name") if "pm_id" in os.environ else None
-    return name or Path(sys.argv[0] if sys.argv else "").stem.strip("-") or "python"
-
-
-def _plain_object(value: Any) -> Any:
-    """msgspec's hook for what it cannot encode: the plain value of a numpy scalar, or TypeError."""
-    item = getattr(value, "item", None)
-    if callable(item) and getattr(value, "shape", None) == ():
-        plain = item()
-        if isinstance(plain, float):
-            envelope.check_value(plain, "data")
-        return plain
-    if isinstance(value, enum.Enum):
-        return value.value
-    raise TypeError(f"{type(value).__name__} has no JSON form")
-
-
-def _as_sent(event: dict[str, Any]) -> bytes:
-    """What a caller sent, as near to JSON as it comes; never fails."""
-
-    def default(value: Any) -> Any:
-        return float(value) if isinstance(value, decimal.Decimal) else repr(value)
-
-    try:
-        return json.dumps(event, default=default).encode()
-    except (TypeError, ValueError, RecursionError):
-        return repr(event).encode("utf-8", "backslashreplace")
-
-
-def _printable(value: str) -> str:
-    return value.encode("utf-8", "backslashreplace").decode()
+def _with_id(line: bytes, event_id: str) -> bytes:
+    return b'{"event_id":"%b",%b' % (event_id.encode(), line[len(_NO_ID) :])

@@ -19,7 +19,8 @@ from typing import Any, Protocol
 if __package__ in (None, ""):  # `from event_bridge import …` from inside the folder
     sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from event_bus.bridge import correlation, process_bridge
+from event_bus.bridge import correlation
+from event_bus.this_process import process_bridge
 
 __all__ = [
     "balance_update",
@@ -62,17 +63,23 @@ class EmitFunction(Protocol):
     ) -> str | None: ...
 
 
-def emit(event_type: str, *args: Any, **fields: Any) -> str | None:
+def emit(*args: Any, **fields: Any) -> str | None:
     """Emit one event of any type: `emit("my_event", data, user_id=…)`, as `EmitFunction` says."""
     try:
-        return _bridge.emit(event_type, *args, **fields)
+        return _bridge.emit(*args, **fields)
     except TypeError as e:  # called with other arguments than there are: still no reason to raise
-        return _bridge.refuse(e, event_type, {"args": args, **fields}, {})
+        sent = {"args": args, "fields": fields}
+        _bridge.refuse(e, args[0] if args else fields.get("event_type", ""), sent, {})
+        return None
 
 
 def _function(event_type: str) -> EmitFunction:
     def function(*args: Any, **fields: Any) -> str | None:
-        return emit(event_type, *args, **fields)
+        try:
+            return _bridge.emit(event_type, *args, **fields)
+        except TypeError as e:
+            _bridge.refuse(e, event_type, {"args": args, "fields": fields}, {})
+            return None
 
     function.__name__ = function.__qualname__ = event_type
     function.__doc__ = f"Emit a {event_type} event; see `EmitFunction` and docs/events.md."
@@ -90,7 +97,11 @@ pattern_detected = _function("pattern_detected")
 
 
 def flush(timeout: float = 5.0) -> bool:
-    """Wait until the bus has acknowledged all events so far; False after `timeout` seconds."""
+    """Wait until the bus has acknowledged all events emitted so far.
+
+    False after `timeout` seconds, and if events were dropped since the last flush: as with
+    fsync, a loss is told once.
+    """
     return _bridge.flush(timeout)
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
+
+_LOCK_TRIES = 100
 
 
 class Spool:
@@ -30,9 +33,9 @@ class Spool:
     def unread(self) -> bool:
         return self._read < self._size
 
-    def append(self, body: bytes, events: int) -> bool:
+    def append(self, body: bytes, events: int, *, over_limit: bool = False) -> bool:
         """Add whole lines; False, with nothing written, if they do not fit."""
-        if self._size + len(body) > self.max_bytes:
+        if self._size + len(body) > self.max_bytes and not over_limit:
             return False
         if self._fd < 0:
             self._fd = _open_locked(self.path)
@@ -48,13 +51,18 @@ class Spool:
         return True
 
     def read(self, max_bytes: int) -> bytes:
-        """The next whole lines that were not read yet, about `max_bytes`; empty at the end."""
+        """The next whole lines that were not read yet, about `max_bytes`.
+
+        Raises OSError if they are not there any more.
+        """
         chunk = os.pread(self._fd, max_bytes, self._read)
         end = chunk.rfind(b"\n") + 1
-        while not end and self._read + len(chunk) < self._size:
+        while not end and max_bytes < self._size - self._read:
             max_bytes *= 2
             chunk = os.pread(self._fd, max_bytes, self._read)
             end = chunk.rfind(b"\n") + 1
+        if not end:
+            raise OSError(f"{self.path} was cut by somebody else: {self.events} events are gone")
         self._read += end
         return chunk[:end]
 
@@ -79,12 +87,14 @@ class Spool:
 
 
 def _open_locked(path: Path) -> int:
-    while True:
+    for _ in range(_LOCK_TRIES):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(fd), path.stat()):
                 return fd
         except OSError:
-            pass  # the broker took the file for an orphan between the two calls, and removes it
+            # The broker took the new file for an orphan, and removes it; it needs a moment.
+            time.sleep(0.001)
         os.close(fd)
+    raise OSError(f"cannot lock {path}")
