@@ -140,7 +140,14 @@ def test_batch_with_many_nested_objects_or_long_numbers_takes_the_fast_road() ->
 
 @pytest.mark.parametrize(
     "batch",
-    [GOOD, b"\n", GOOD + b"\n\n", GOOD + b"\r\n", b" " + GOOD + b"\n", b"\xef\xbb\xbf" + GOOD + b"\n"],
+    [
+        GOOD,
+        b"\n",
+        GOOD + b"\n\n",
+        GOOD + b"\r\n",
+        b" " + GOOD + b"\n",
+        b"\xef\xbb\xbf" + GOOD + b"\n",
+    ],
 )
 def test_batch_in_another_spelling_is_no_canonical_batch(batch: bytes) -> None:
     assert envelope.decode_canonical(batch) is None

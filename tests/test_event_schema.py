@@ -163,7 +163,11 @@ def test_key_that_is_no_short_string_or_integer_stays_out_of_the_topic(
         ("news", '{"type": "object", "properties": {"a b": {}}}', "'a b'"),
         ("news", '{"type": "object", "properties": {"A": {}, "a": {}}}', "'A'"),
         ("news", '{"type": "object", "properties": {"a": {"type": "text"}}}', "'text'"),
-        ("news", '{"type": "object", "properties": {"a": {"pattern": "("}}}', "properties.a.pattern"),
+        (
+            "news",
+            '{"type": "object", "properties": {"a": {"pattern": "("}}}',
+            "properties.a.pattern",
+        ),
         ("news", '{"type": "object", "$ref": "#/$defs/gone"}', "/$defs/gone"),
         ("news", '{"type": "object", "$ref": "http://127.0.0.1:9/a"}', "http://127.0.0.1:9/a"),
         ("news", '{"type": "object", "required": ["a"], "examples": [{}]}', r"examples[0]"),

@@ -168,7 +168,7 @@ def test_same_event_in_another_spelling_is_a_duplicate(opened: Opened) -> None:
 BAD = {
     "unknown type": (event("b").replace(b"user_action", b"no_such"), "event_type", "event_type"),
     "wrong type": (event("b").replace(b'"a"', b"1"), "type", "data.action"),
-    "missing field": (event("b").replace(b"action\":", b"other\":"), "required", "data"),
+    "missing field": (event("b").replace(b'action":', b'other":'), "required", "data"),
     "the bus's own": (event("b").replace(b"user_action", b"heartbeat"), "event_type", "event_type"),
     "NaN": (event("b").replace(b'"a"', b"NaN"), "finite", ""),
     "envelope": (event("b").replace(b"1.5", b"null"), "envelope", "timestamp"),

@@ -77,7 +77,9 @@ def test_seq_epoch_and_identity_go_on_after_a_restart_even_with_nothing_left(
 def test_damaged_batch_is_found_out_and_the_others_are_served(journal: Journal) -> None:
     for text in ("ab", "cd", "ef"):
         append(journal, text)
-    journal._db.execute("UPDATE batch SET body = CAST('cD' || char(10) AS BLOB) WHERE first_seq = 3")
+    journal._db.execute(
+        "UPDATE batch SET body = CAST('cD' || char(10) AS BLOB) WHERE first_seq = 3"
+    )
     again = reopened(journal)
     assert [b.first_seq for b in again.read(1, 1000)] == [1]
     with pytest.raises(DamagedBatch, match=r"events 3 to 4 are damaged \(CRC-32\)") as caught:
@@ -107,7 +109,9 @@ def test_foreign_or_other_version_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"no database at all" * 100, b"SQLite format 3\0" + bytes(5000)])
+@pytest.mark.parametrize(
+    "content", [b"no database at all" * 100, b"SQLite format 3\0" + bytes(5000)]
+)
 def test_file_that_is_no_database_is_refused_and_left_alone(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "journal.db"
     path.write_bytes(content)
@@ -129,7 +133,7 @@ def test_start_that_died_while_creating_the_journal_is_made_good(tmp_path: Path)
 
 
 def test_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(JournalError, match="cannot open .*gone/journal.db"):
+    with pytest.raises(JournalError, match=r"cannot open .*gone/journal\.db"):
         Journal(tmp_path / "gone" / "journal.db")
 
 
@@ -195,7 +199,7 @@ def test_full_disk_refuses_and_loses_nothing_and_is_used_again_when_it_has_room(
     ballast.write_bytes(bytes(1_000_000))
     journal = Journal(small_disk / "journal.db")
     written = 0
-    with pytest.raises(JournalFull, match="no space left for .*journal.db; free some"):
+    with pytest.raises(JournalFull, match=r"no space left for .*journal\.db; free some"):
         for _ in range(100):
             append(journal, "a", size=100_000)
             written += 1
