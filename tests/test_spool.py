@@ -1,0 +1,167 @@
+"""The spool file, the outbox before it, and the broker's adoption of what dead processes left."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import msgspec
+import pytest
+from conftest import System, wait_until
+
+from event_bus.outbox import Outbox
+from event_bus.settings import Settings
+from event_bus.spool import Spool
+
+SPILL = """
+import os, sys
+from event_bus import event_bridge as b
+for n in range(int(sys.argv[1])):
+    b.user_action({'action': 'n', 'n': n})
+"""
+SPILL_AND_DIE = (
+    SPILL
+    + """
+import time
+deadline = time.monotonic() + 10
+while b.stats()['spooled'] < int(sys.argv[1]) and time.monotonic() < deadline:
+    time.sleep(0.01)
+os.kill(os.getpid(), 9)
+"""
+)
+
+
+def spool_files(system: System) -> list[Path]:
+    return sorted(system.settings.spool.glob("*"))
+
+
+def wait_adopted(system: System) -> None:
+    wait_until(lambda: not spool_files(system), "the spool is empty")
+
+
+def stored_numbers(system: System) -> list[int]:
+    rows = system.sql("SELECT data FROM events WHERE event_type = 'user_action' ORDER BY seq")
+    return [msgspec.json.decode(data)["n"] for (data,) in rows]
+
+
+def test_lines_come_out_in_order_in_whole_lines(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "a.ndjson", 1_000)
+    assert not spool
+    assert spool.append(b"one\ntwo\n", 2)
+    assert spool.append(b"three\n", 1)
+    assert spool.read(5) == b"one\n"
+    assert spool.read(2) == b"two\n"
+    assert spool.unread
+    spool.rewind()
+    assert spool.read(100) == b"one\ntwo\nthree\n"
+    assert not spool.unread
+    assert spool.events == 3
+
+
+def test_file_goes_with_its_last_line_and_comes_back_with_the_next(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "a.ndjson", 1_000)
+    spool.append(b"one\n", 1)
+    spool.read(100)
+    spool.delivered(4, 1)
+    assert not spool.path.exists()
+    assert not spool
+    spool.append(b"two\n", 1)
+    assert spool.path.read_bytes() == b"two\n"
+    assert spool.path.stat().st_mode & 0o777 == 0o600
+    spool.release()
+
+
+def test_limit_refuses_without_writing(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "a.ndjson", 10)
+    assert spool.append(b"12345678\n", 1)
+    assert not spool.append(b"xx\n", 1)
+    assert spool.path.read_bytes() == b"12345678\n"
+    assert spool.append(b"report\n", 1, over_limit=True)
+    spool.release()
+
+
+def test_file_that_somebody_cut_is_noticed(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "a.ndjson", 1_000)
+    spool.append(b"one\ntwo\n", 2)
+    os.truncate(spool.path, 0)
+    with pytest.raises(OSError, match="2 events are gone"):
+        spool.read(100)
+    spool.release()
+
+
+def test_outbox_spills_in_order_and_keeps_in_memory_what_does_not_fit(tmp_path: Path) -> None:
+    outbox = Outbox(Settings(home=tmp_path, spool_max_bytes=30), "t")
+    for n in range(5):
+        outbox.put(b"line-%d" % n)
+    assert outbox.spill(2, 1_000) == "spool full"
+    assert outbox.spool.path.read_bytes() == b"line-0\nline-1\nline-2\nline-3\n"
+    assert list(outbox.lines) == [b"line-4"]
+    assert outbox.size_bytes == 7
+    outbox.spool.release()
+
+
+def test_home_that_cannot_be_made_keeps_events_in_memory(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    outbox = Outbox(Settings(home=tmp_path / "file" / "home"), "t")
+    outbox.put(b"line")
+    assert "cannot create" in outbox.spill(10, 1_000)
+    assert list(outbox.lines) == [b"line"]
+
+
+def test_spool_of_a_process_that_ended_is_adopted_and_removed(system: System) -> None:
+    done = system.script(SPILL, "300")
+    assert done.returncode == 0, done.stderr
+    assert len(spool_files(system)) == 1
+    system.start_bus()
+    wait_adopted(system)
+    system.start_collector()
+    system.wait_stored()
+    assert stored_numbers(system) == list(range(300))
+
+
+def test_spool_of_a_process_that_was_killed_is_adopted_and_removed(system: System) -> None:
+    done = system.script(SPILL_AND_DIE, "300")
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    system.start_bus()
+    wait_adopted(system)
+    system.start_collector()
+    system.wait_stored()
+    assert stored_numbers(system) == list(range(300))
+
+
+def test_last_line_cut_short_by_a_crash_is_rejected_visibly_and_alone(system: System) -> None:
+    system.script(SPILL, "20")
+    (path,) = spool_files(system)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    system.start_bus()
+    wait_adopted(system)
+    system.start_collector()
+    system.wait_stored()
+    assert stored_numbers(system) == list(range(19))
+    ((reason, raw),) = system.sql("SELECT reason, raw FROM rejected_events")
+    assert "not JSON" in reason
+    assert raw in (whole.splitlines()[-1][:-9], whole.splitlines()[-1][:-9].decode())
+
+
+def test_spool_of_a_living_process_is_left_to_it(system: System) -> None:
+    spool = Spool(system.settings.spool / "living.ndjson", 1_000)
+    system.settings.make_home()
+    spool.append(b"{}\n", 1)
+    system.script(SPILL, "5")
+    system.start_bus()
+    wait_until(lambda: spool_files(system) == [spool.path], "the other spool is adopted")
+    status = system.status()
+    assert status is not None
+    assert status["rejected"] == 0
+    spool.release()
+
+
+def test_unreadable_spool_does_not_keep_others_from_being_adopted(system: System) -> None:
+    system.settings.make_home()
+    directory = system.settings.spool / "000.ndjson"
+    directory.mkdir()
+    system.script(SPILL, "5")
+    system.start_bus()
+    wait_until(lambda: spool_files(system) == [directory], "the other spool is adopted")
