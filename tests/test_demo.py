@@ -205,7 +205,7 @@ def test_demo_prints_ledger_and_removes_its_home(sandbox: Sandbox) -> None:
     assert published == stored
     assert "stored, 0 lost" in ledger
     assert "--keep" in lines[-1]
-    assert max(len(line) for line in lines if str(sandbox.temporary) not in line) <= 100
+    assert max(len(line) for line in lines if str(sandbox.temporary) not in line) <= 80
     assert list(sandbox.temporary.iterdir()) == []
     assert sandbox.processes() == []
 

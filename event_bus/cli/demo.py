@@ -20,7 +20,7 @@ from event_bus.demo import Demo, Result
 from event_bus.demo.market import SPREAD
 
 SHOWN_ROWS = 5
-SHOWN_CHARACTERS = 50
+SHOWN_CHARACTERS = 40
 LINE_EVERY_S = 1.0
 
 
@@ -32,11 +32,12 @@ def demo(candles: int | None, keep: bool, as_json: bool) -> None:
     """See it work: real EURUSD candles through a real bus into SQLite, checked at the end.
 
     Bus, collector and two publishers run in a temporary directory and on free ports; nothing of
-    yours is touched. Needs the extra: pip install 'bitten-event-bus[demo]'
+    yours is touched.
 
     \b
-    bitten demo                  5,000 candles, 24,000 events
-    bitten demo --keep           and leave the database
+    pip install 'bitten-event-bus[demo]'   the candles
+    bitten demo                            5,000 candles, 24,000 events
+    bitten demo --keep                     and leave the database
     bitten demo --json | jq .audit
 
     Exit code 0: everything published is stored, nothing is lost. 1: it is not.
@@ -143,8 +144,9 @@ def _show(result: Result, running: Demo, *, keep: bool) -> None:
         click.secho(query.command(db) + "\n", fg="cyan")
         shown = [tuple(map(_cut, row)) for row in answer.rows[:SHOWN_ROWS]]
         print_table(answer.columns, shown)
-        if len(answer.rows) > SHOWN_ROWS:
-            click.echo(f"… {len(answer.rows) - SHOWN_ROWS} more rows")
+        more = len(answer.rows) - SHOWN_ROWS
+        if more > 0:
+            click.echo(f"… {more} more row{'s' if more > 1 else ''}")
     audit = result.audit
     sign = "=" if audit["published"] == audit["stored"] else "≠"
     line = (
@@ -158,7 +160,7 @@ def _show(result: Result, running: Demo, *, keep: bool) -> None:
     if keep:
         click.echo(f"Kept: {db}. Remove it with: rm -r {shlex.quote(str(running.home))}")
     else:
-        click.echo("The database is removed now; with --keep it stays, and the queries above work.")
+        click.echo("The database is removed now; `bitten demo --keep` leaves it for such queries.")
 
 
 def _cut(value: object) -> str:

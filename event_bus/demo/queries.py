@@ -31,10 +31,12 @@ class Answer(NamedTuple):
 PATTERN_PROFIT = Query(
     "Which pattern earned money?",
     """\
-SELECT s.pattern_type, count(*) AS trades, round(avg(s.confidence), 1) AS confidence,
+SELECT s.pattern_type, count(*) AS trades,
+       round(avg(s.confidence), 1) AS confidence,
        round(sum(json_extract(b.data, '$.profit')), 2) AS profit
 FROM signal_events s JOIN events b ON b.correlation_id = s.correlation_id
-WHERE b.event_type = 'balance_update' GROUP BY s.pattern_type ORDER BY profit DESC""",
+WHERE b.event_type = 'balance_update'
+GROUP BY s.pattern_type ORDER BY profit DESC""",
 )
 
 DAILY_RANGE = Query(
@@ -60,8 +62,10 @@ def trade_story(db: Path) -> Query | None:
         "The story of one trade: all of it has one correlation id",
         f"""\
 SELECT datetime(timestamp, 'unixepoch') AS utc, event_type, user_id,
-       json_extract(data, '$.direction') AS side, json_extract(data, '$.confidence') AS conf,
-       json_extract(data, '$.open_price') AS price, json_extract(data, '$.profit') AS profit
+       json_extract(data, '$.direction') AS side,
+       json_extract(data, '$.confidence') AS conf,
+       json_extract(data, '$.open_price') AS price,
+       json_extract(data, '$.profit') AS profit
 FROM events WHERE correlation_id = '{rows[0][0]}' ORDER BY seq""",
     )
 

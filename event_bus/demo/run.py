@@ -90,7 +90,7 @@ class Demo:
         """Start `bitten up` and wait until the bus answers and the collector has asked it."""
         up = self._popen("-m", "event_bus", "up")
         while not self._is_up():
-            self._turn(up, "the bus does not start")
+            self._turn(up, "bus or collector did not start")
 
     def replay(self, on_progress: Callable[[int, int], None]) -> Result:
         """Publish from two processes and wait until all is stored.
@@ -125,7 +125,7 @@ class Demo:
         last_seq = self._client.status()["last_seq"]
         while (stored := self._stored()) < last_seq:
             on_progress(stored, planned)
-            self._turn(up, "the collector does not store")
+            self._turn(up, "the collector did not store all")
         on_progress(stored, planned)
         seconds = time.monotonic() - began
         plan = msgspec.json.decode(lines[ROLES[0]][0])
@@ -143,7 +143,7 @@ class Demo:
                 raise BittenError(f"the audit failed: {self._last_log_line()}") from e
             if not ledger["waiting"]:
                 return ledger
-            self._turn(self._processes[0], "the collector does not store")
+            self._turn(self._processes[0], "the collector did not store all")
 
     def _popen(
         self, *argv: str, stdout: int | None = None, source: str = ""
