@@ -48,7 +48,7 @@ class Column(msgspec.Struct, frozen=True):
 
 
 class Relation(msgspec.Struct, frozen=True):
-    """How one event type is stored: `table` is the view analysts read, `_table` holds the rows."""
+    """How one event type is stored: `table` is the view that analysts read."""
 
     event_type: str
     table: str

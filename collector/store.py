@@ -280,7 +280,8 @@ class Store:
             ns = list(map(int, tails))
         except ValueError:
             ns = []
-        if len(producers) == len(set(heads)) and list(map(str, ns)) == tails and max(ns) < 1 << 63:
+        alike = len(producers) == len(set(heads)) and list(map(str, ns)) == tails
+        if alike and min(ns) > 0 and max(ns) < 1 << 63:
             return [producers[h] for h in heads], ns  # type: ignore[return-value]
         split = [_split_id(i) for i in ids]
         return [self._names[token] for token, _ in split], [n for _, n in split]

@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -92,11 +93,19 @@ def test_collector_killed_again_and_again_stores_everything_once(bus: System) ->
     collector = bus.start_collector()
     bus.wait_stored()
     publishers = []
+
+    def stores_more(before: int) -> bool:
+        return bus.stored() > before
+
+    def publish_groups() -> None:
+        for _ in range(5):
+            publish(bus, 500)
+
     for _ in range(8):
-        publishers.append(threading.Thread(target=lambda: [publish(bus, 500) for _ in range(5)]))
+        publishers.append(threading.Thread(target=publish_groups))
         publishers[-1].start()
         before = bus.stored()
-        wait_until(lambda before=before: bus.stored() > before, "the collector stores")
+        wait_until(partial(stores_more, before), "the collector stores")
         collector.kill()
         collector.wait()
         collector = bus.start_collector()
@@ -259,7 +268,7 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
     path.chmod(0o500)
     mounted = False
     if os.access(path, os.W_OK):
-        command = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", path]
+        command = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(path)]
         mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
         if not mounted:
             pytest.skip("a file system that root cannot write needs mount")

@@ -291,7 +291,8 @@ def test_indexes_of_types_whose_names_run_together_are_both_there(path: Path) ->
 
 
 def test_index_without_a_column_is_refused() -> None:
-    for properties in ({}, {"a": {}}, {"a": {"type": ["boolean", "string"]}}):
+    without: list[dict[str, Any]] = [{}, {"a": {}}, {"a": {"type": ["boolean", "string"]}}]
+    for properties in without:
         with pytest.raises(SchemaError, match=r"x-bitten.indexes: 'a' has no column"):
             Relation.of(event_type("own", properties, indexes=("a",)))
 

@@ -159,7 +159,9 @@ def datas(event_type: EventType) -> st.SearchStrategy[dict[str, Any]]:
         {name: values(event_type.properties[name]) for name in required},
         optional={n: values(s) for n, s in event_type.properties.items() if n not in required},
     )
-    extras = st.just({}) | st.dictionaries(texts, anything, max_size=2)
+    extras: st.SearchStrategy[dict[str, Any]] = st.just({}) | st.dictionaries(
+        texts, anything, max_size=2
+    )
     return st.builds(lambda a, b: {**b, **a}, own, extras).filter(event_type.is_valid)
 
 
@@ -219,6 +221,7 @@ envelopes = st.builds(
 @example([event("user_action", {"action": "x"}, f"{'a' * 20}-٣")], 1.5)
 @example([event("user_action", {"action": "x"}, f"{'a' * 20}-{2**63}")], 1.5)
 @example([event("user_action", {"action": "x"}, f"{'a' * 20}--5")], 1.5)
+@example([event("user_action", {"action": "x"}, f"{'a' * 20}--{2**64}")], 1.5)
 def test_envelope_comes_back_exactly_as_it_was_sent(
     shared: Store, sent: list[Envelope], received_at: float
 ) -> None:
