@@ -2,6 +2,7 @@
 
 BittenError
 ├── SettingsError      a flag, variable or config.yaml entry that cannot be used
+├── MissingExtra       an optional package is not installed; names the extra
 ├── SchemaError        a schema file that cannot be used
 ├── RejectedEvent      an event that the contract refuses; carries the rejection
 ├── BusUnavailable     the broker did not answer in time
@@ -39,6 +40,10 @@ class BittenError(Exception):
 
 
 class SettingsError(BittenError):
+    exit_code = 2
+
+
+class MissingExtra(BittenError):
     exit_code = 2
 
 

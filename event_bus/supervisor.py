@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 from event_bus.errors import StartError
 from event_bus.settings import Settings
@@ -64,10 +65,11 @@ class Supervisor:
             started = loop.time()
             child = await asyncio.create_subprocess_exec(
                 sys.executable,
-                *("-m", "event_bus", name),
+                # -P: legacy folders are called event_bus too, and `-m` would look here first.
+                *("-P", "-m", "event_bus", name),
                 env=self._environ,
                 start_new_session=True,  # a Ctrl-C is for us; we tell the children
-                preexec_fn=_die_with_parent,
+                preexec_fn=dying_with_parent(),
             )
             code = await self._until_exit_or_stop(child)
             if self._stopping.is_set():
@@ -100,6 +102,14 @@ class Supervisor:
         return await exited
 
 
-def _die_with_parent() -> None:
-    """In the child: have the kernel send SIGTERM when the supervisor dies, however it dies."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def dying_with_parent() -> Callable[[], None]:
+    """For `preexec_fn`: has the kernel send the child SIGTERM when this process dies."""
+    parent = os.getpid()
+    libc = ctypes.CDLL(None)
+
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before the kernel knew
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return prepare

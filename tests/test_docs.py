@@ -96,7 +96,7 @@ def test_every_block_has_a_language_that_is_run_or_read() -> None:
 @runnable("bash")
 def test_command_of_the_documentation_works(block: Block, running: System) -> None:
     for command in block.text.splitlines():
-        if not command or command.startswith("#") or command.startswith(tuple(ELSEWHERE)):
+        if not command or command.startswith(("#", *ELSEWHERE)):
             continue
         done = subprocess.run(
             ["bash", "-c", command],

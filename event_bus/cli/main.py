@@ -46,7 +46,7 @@ class CommandGroup(click.Group):
 @click.option("--debug", is_flag=True, help="Log more, and show tracebacks of errors.")
 @click.version_option(__version__, prog_name="bitten")
 @click.pass_context
-def cli(ctx: click.Context, debug: bool, **flags: Any) -> None:
+def cli(ctx: click.Context, /, debug: bool, **flags: Any) -> None:
     """An event bus for a trading system on one machine.
 
     \b

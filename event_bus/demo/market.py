@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from event_bus.errors import SettingsError
+from event_bus.errors import MissingExtra
 
 SYMBOL = "EURUSD"
 TIMEFRAME = "1h"
@@ -47,12 +47,12 @@ class Planned(NamedTuple):
 def load(count: int | None = None) -> list[Candle]:
     """The last `count` candles, all by default, oldest first.
 
-    Raises SettingsError naming the extra if the package that has them is not installed.
+    Raises MissingExtra naming the extra if the package that has them is not installed.
     """
     try:
         from backtesting.test import EURUSD
     except ImportError as e:
-        raise SettingsError(
+        raise MissingExtra(
             f"the demo's candles are in the package backtesting, and there is {e}",
             hint="pip install 'bitten-event-bus[demo]'",
         ) from e

@@ -20,13 +20,12 @@ from typing import Any
 
 import msgspec
 
-import event_bus
 from event_bus.demo import queries
 from event_bus.demo.result import Result, gather
-from event_bus.errors import BittenError, BusUnavailable, SettingsError, StartError
+from event_bus.errors import BittenError, BusUnavailable, MissingExtra, StartError
 from event_bus.protocol import Client
 from event_bus.settings import Settings
-from event_bus.supervisor import _die_with_parent
+from event_bus.supervisor import dying_with_parent
 
 ROLES = ("market_feed", "strategy")
 TIME_LIMIT_S = 60.0
@@ -39,13 +38,13 @@ class Demo:
     """A home with a bus, a collector and two publishers of its own. Use as a context manager:
     leaving it stops the processes and removes the home unless `keep`.
 
-    The user's own settings play no part: neither home, ports nor variables. Raises SettingsError
+    The user's own settings play no part: neither home, ports nor variables. Raises MissingExtra
     if the candles' package is missing, BittenError if a process fails or time runs out.
     """
 
     def __init__(self, *, candles: int | None = None, keep: bool = False) -> None:
         if importlib.util.find_spec("backtesting") is None:
-            raise SettingsError(
+            raise MissingExtra(
                 "the demo's candles are in the package backtesting, which is not installed",
                 hint="pip install 'bitten-event-bus[demo]'",
             )
@@ -63,9 +62,6 @@ class Demo:
             "BITTEN_EVENTS_URL": f"tcp://127.0.0.1:{events_port}",
             "BITTEN_INGRESS_URL": f"tcp://127.0.0.1:{ingress_port}",
         }
-        if Path.cwd() != Path(event_bus.__file__).parents[1]:
-            # `python -m` looks here first, and legacy folders are called event_bus too.
-            self._environ["PYTHONSAFEPATH"] = "1"
         self.settings = Settings.load(environ=self._environ)
         self._client = Client(self.settings.ingress_url)
         return self
@@ -150,13 +146,13 @@ class Demo:
     ) -> subprocess.Popen[bytes]:
         with (self.home / LOG).open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, *argv],
+                [sys.executable, "-P", *argv],  # -P: legacy folders are called event_bus too
                 env=self._environ | {"BITTEN_SOURCE": source},
                 stdin=subprocess.DEVNULL,
                 stdout=stdout or log,
                 stderr=log,
                 start_new_session=True,  # a Ctrl-C is for us; we tell the others
-                preexec_fn=_die_with_parent,
+                preexec_fn=dying_with_parent(),
             )
         self._processes.append(process)
         return process
