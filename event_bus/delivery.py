@@ -147,15 +147,15 @@ class Delivery:
     def _acknowledged(self, receipt: dict[str, Any]) -> None:
         bridge = self._bridge
         refused = receipt["rejected"] + receipt["conflicts"]
-        reasons = [refusal["reason"] for refusal in receipt["refusals"][:1]]
+        if refused:
+            reason = receipt["refusals"][0]["reason"]
+            bridge.warn("refused by the bus", f"{refused} events refused by the bus: {reason}")
         flight = self._flights.popleft()
         if flight.lines is None:
             self._outbox.spool.delivered(flight.size, flight.events)
         bridge.refused_by_bus += refused
         bridge.last_error = ""
         bridge.settle(acked=flight.events)
-        for reason in reasons:
-            bridge.warn("refused by the bus", f"{refused} events refused by the bus: {reason}")
 
     def _fail(self, problem: str) -> None:
         """What is on its way is not taken in: send it again after a pause."""

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from event_bus.bridge import Bridge
 from event_bus.settings import Settings
@@ -36,18 +37,21 @@ def _usable_settings() -> Settings:
     except Exception as e:  # noqa: BLE001 - also what pathlib raises without a home directory
         log.error("%s; the bridge goes on without this setting", e)
     usable: dict[str, str] = {}
+    values: dict[str, Any] = {}
     for field in dataclasses.fields(Settings):
         variable = f"BITTEN_{field.name.upper()}"
         text = os.environ.get(variable)
         with contextlib.suppress(Exception):
-            if text and field.metadata["parse"](text) is not None:
+            if text:
+                values[field.name] = field.metadata["parse"](text)
                 usable[variable] = text
-    home = Path(os.path.expanduser(usable.get("BITTEN_HOME") or "~/.bitten")).absolute()  # noqa: PTH111 - never raises
-    for config_home in (home, home / "unusable"):  # the second has no config.yaml
-        with contextlib.suppress(Exception):
-            settings = Settings.load(environ=usable | {"BITTEN_HOME": str(config_home)})
-            return dataclasses.replace(settings, home=home)
-    return Settings(home=home)
+    if "home" not in values:
+        values["home"] = Path(os.path.expanduser("~/.bitten")).absolute()  # noqa: PTH111 - no raise
+        usable["BITTEN_HOME"] = str(values["home"])
+    try:
+        return Settings.load(environ=usable)
+    except Exception:  # noqa: BLE001 - then it is config.yaml that cannot be used
+        return Settings(**values)
 
 
 def _script_name() -> str:

@@ -259,10 +259,12 @@ JUNK: st.SearchStrategy[Any] = st.recursive(
     | st.builds(Hostile)
     | st.builds(np.float32, st.floats(width=32))
     | st.builds(np.int64, st.integers(-(2**63), 2**63 - 1)),
-    lambda inner: st.lists(inner)
-    | st.tuples(inner, inner)
-    | st.frozensets(st.integers())
-    | st.dictionaries(st.text() | st.integers() | st.none() | st.floats(), inner),
+    lambda inner: (
+        st.lists(inner)
+        | st.tuples(inner, inner)
+        | st.frozensets(st.integers())
+        | st.dictionaries(st.text() | st.integers() | st.none() | st.floats(), inner)
+    ),
     max_leaves=8,
 )
 
