@@ -173,8 +173,7 @@ class DataCollector:
     def _receive(self, client: Client, request: bytes, cursor: Cursor, store: Store) -> list[Batch]:
         """The next batches. Raises DatabaseError if they do not belong into this database."""
         try:
-            batches = cursor.take(client.receive(request, PATIENCE_S))
-            store.check_journal(cursor.journal_id)
+            return cursor.take(client.receive(request, PATIENCE_S))
         except BusRefused as e:
             if not isinstance(e, TrimmedRange) and e.code != "ahead":
                 raise
@@ -188,7 +187,6 @@ class DataCollector:
                 ) from e
             self._skip(e.first_seq, cursor, store, journal_id)
             return []
-        return batches
 
     def _skip(self, first_seq: int, cursor: Cursor, store: Store, journal_id: str) -> None:
         """Go on at the first event that there is, and keep account of those that there are not."""
