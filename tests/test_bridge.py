@@ -412,7 +412,7 @@ def test_flush_is_released_by_the_acks_of_what_came_before_it(bridge: QueueOnly)
 def test_disabled_bridge_does_nothing(bridge: QueueOnly) -> None:
     bridge.enabled = False
     assert bridge.emit("market_data", TICK) is None
-    assert bridge.emit([], object()) is None
+    assert bridge.emit("no_such_type", object()) is None
     assert bridge.stats()["emitted"] == bridge.stats()["refused"] == 0
 
 
@@ -439,7 +439,7 @@ def test_correlation_stays_in_its_thread_and_its_task(bridge: QueueOnly) -> None
             return name, correlation_of(bridge)
 
     async def both() -> list[tuple[str, Any]]:
-        return await asyncio.gather(task("a"), task("b"))
+        return list(await asyncio.gather(task("a"), task("b")))
 
     seen: list[Any] = []
     with correlation("main"):

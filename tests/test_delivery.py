@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,10 @@ def make_bridge(system: System) -> Iterator[MakeBridge]:
 def count_up(bridge: Bridge, numbers: range) -> None:
     for n in numbers:
         assert bridge.emit("user_action", {"action": "n", "n": n}) or bridge.dropped
+
+
+def acked_more_than(bridge: Bridge, events: int) -> bool:
+    return bool(bridge.stats()["acked"] > events)
 
 
 def journalled(system: System) -> list[Event]:
@@ -99,7 +104,8 @@ def test_broker_killed_under_load_stores_all_once_and_in_order(
     for kill in range(3):
         # Enough for several batches to be on their way when it dies.
         count_up(bridge, range(kill * 10_000, kill * 10_000 + 9_000))
-        wait_until(lambda k=kill: bridge.acked > k * 10_000, "some are acknowledged")
+        before = kill * 10_000
+        wait_until(partial(acked_more_than, bridge, before), "some are acknowledged")
         bus.kill()
         bus.wait()
         count_up(bridge, range(kill * 10_000 + 9_000, (kill + 1) * 10_000))
@@ -228,7 +234,12 @@ def test_full_wake_pipe_does_not_block_or_lose(system: System, make_bridge: Make
     system.start_bus()
     bridge = make_bridge()
     count_up(bridge, range(1))
-    fill = threading.Thread(target=lambda: [bridge._wake() for _ in range(200_000)])
+
+    def knock() -> None:
+        for _ in range(200_000):
+            bridge._wake()
+
+    fill = threading.Thread(target=knock)
     fill.start()
     count_up(bridge, range(1, 1_000))
     fill.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 from pathlib import Path
@@ -10,6 +11,7 @@ import msgspec
 import pytest
 from conftest import System, wait_until
 
+from event_bus.adopt import SpoolAdopter
 from event_bus.outbox import Outbox
 from event_bus.settings import Settings
 from event_bus.spool import Spool
@@ -165,3 +167,33 @@ def test_unreadable_spool_does_not_keep_others_from_being_adopted(system: System
     system.script(SPILL, "5")
     system.start_bus()
     wait_until(lambda: spool_files(system) == [directory], "the other spool is adopted")
+
+
+def test_file_that_its_process_replaced_during_adoption_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.ndjson"
+    path.write_bytes(b"delivered\n")
+    lock = fcntl.lockf
+
+    def lock_too_late(fd: int, operation: int) -> None:
+        path.unlink()
+        path.write_bytes(b"new\n")
+        lock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "lockf", lock_too_late)
+    adopter = SpoolAdopter(tmp_path)
+    adopter.look()
+    assert not adopter.pending
+    assert path.read_bytes() == b"new\n"
+
+
+def test_file_that_cannot_be_locked_is_an_error_and_not_an_endless_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(fd: int, operation: int) -> None:
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    with pytest.raises(OSError, match="cannot lock"):
+        Spool(tmp_path / "a.ndjson", 1_000).append(b"x\n", 1)
