@@ -28,10 +28,10 @@ REQUIRED = {
 }
 
 
-def own_type(directory: Path, name: str = "news", **schema: Any) -> Path:
+def own_type(directory: Path, name: str = "news", storage: Any = None, **schema: Any) -> Path:
     directory.mkdir(exist_ok=True)
     path = directory / f"{name}.json"
-    path.write_text(json.dumps({"type": "object", **schema}))
+    path.write_text(json.dumps({"type": "object", "x-bitten": storage or {}, **schema}))
     return path
 
 
@@ -125,7 +125,7 @@ def test_both_validators_agree_on_every_built_in_type(data: st.DataObject) -> No
 
 
 def test_own_type_with_a_key_has_a_topic_for_each_key(tmp_path: Path) -> None:
-    own_type(tmp_path, properties={"symbol": {}}, **{"x-bitten": {"key": "symbol"}})
+    own_type(tmp_path, properties={"symbol": {}}, storage={"key": "symbol"})
     registry = Registry(tmp_path)
     registry.verify()
     assert registry.problems == []
@@ -138,7 +138,7 @@ def test_own_type_with_a_key_has_a_topic_for_each_key(tmp_path: Path) -> None:
 def test_key_that_is_no_short_string_or_integer_stays_out_of_the_topic(
     tmp_path: Path, key: Any
 ) -> None:
-    own_type(tmp_path, properties={"symbol": {}}, **{"x-bitten": {"key": "symbol"}})
+    own_type(tmp_path, properties={"symbol": {}}, storage={"key": "symbol"})
     topic = Registry(tmp_path).get("news").topic
     assert topic({"symbol": key}) == topic({}) == "bitten.news"
 
@@ -190,7 +190,7 @@ def test_broken_own_schema_is_named_and_left_out_while_the_others_work(
 
 def test_two_own_types_cannot_share_a_table(tmp_path: Path) -> None:
     own_type(tmp_path, "first")
-    own_type(tmp_path, "second", **{"x-bitten": {"table": "FIRST"}})
+    own_type(tmp_path, "second", storage={"table": "FIRST"})
     registry = Registry(tmp_path)
     registry.verify()
     assert [str(p).count("second.json") for p in registry.problems] == [1]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import apsw
 import pytest
+from disks import small_disk
 
 from event_bus.errors import JournalError, JournalFull
 from event_bus.journal import DamagedBatch, Journal
@@ -180,32 +179,21 @@ def test_consumers_are_remembered_and_forgotten(journal: Journal) -> None:
     again.close()
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB of its own."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(path)]
-    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root may mount a file system")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
-
-
 def test_full_disk_refuses_and_loses_nothing_and_is_used_again_when_it_has_room(
-    small_disk: Path,
+    tmp_path: Path,
 ) -> None:
-    ballast = small_disk / "ballast"
-    ballast.write_bytes(bytes(1_000_000))
-    journal = Journal(small_disk / "journal.db")
-    written = 0
-    with pytest.raises(JournalFull, match=r"no space left for .*journal\.db; free some"):
-        for _ in range(100):
-            append(journal, "a", size=100_000)
-            written += 1
-    assert 0 < written == journal.last_seq
-    ballast.unlink()
-    assert append(journal, "b") == written + 1
-    again = reopened(journal)
-    assert sum(b.count for b in again.read(1, 1 << 30)) == written + 1
-    again.close()
+    with small_disk(tmp_path / "disk", 2) as disk:
+        ballast = disk / "ballast"
+        ballast.write_bytes(bytes(1_000_000))
+        journal = Journal(disk / "journal.db")
+        written = 0
+        with pytest.raises(JournalFull, match=r"no space left for .*journal\.db; free some"):
+            for _ in range(100):
+                append(journal, "a", size=100_000)
+                written += 1
+        assert 0 < written == journal.last_seq
+        ballast.unlink()
+        assert append(journal, "b") == written + 1
+        again = reopened(journal)
+        assert sum(b.count for b in again.read(1, 1 << 30)) == written + 1
+        again.close()

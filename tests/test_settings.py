@@ -123,4 +123,4 @@ def test_setting_is_documented_with_its_default(name: str) -> None:
     (row,) = [line for line in table.splitlines() if line.startswith(f"| `{name}`")]
     default = Settings.__dataclass_fields__[name].default
     if default not in (None, "", True):
-        assert (f"{default:,}" if isinstance(default, int) else default) in row
+        assert (f"{default:,}" if isinstance(default, int) else str(default)) in row

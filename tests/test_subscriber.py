@@ -100,7 +100,7 @@ def test_patterns_choose_types_and_ignore_leaves_out(
     client.publish(batch(2) + batch(3, event_type="balance_update", balance=1))
 
     def types(*patterns: str, **options: Any) -> list[str]:
-        arguments = {"start": 1, "timeout_s": 0.01, "settings": bus.settings} | options
+        arguments: Any = {"start": 1, "timeout_s": 0.01, "settings": bus.settings} | options
         return [e.event_type for e in collect(Subscriber(*patterns, **arguments))]
 
     assert types("market_*", "bitten.balance_update") == ["market_data", "balance_update"]
@@ -114,7 +114,7 @@ def test_patterns_choose_types_and_ignore_leaves_out(
 def test_event_has_every_field_and_none_for_what_was_left_out(
     bus: System, client: Client, collect: Collect
 ) -> None:
-    given = {
+    given: Any = {
         "event_id": "mine",
         "event_type": "user_action",
         "timestamp": 1.25,
