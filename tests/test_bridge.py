@@ -11,6 +11,7 @@ import enum
 import json
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -313,9 +314,9 @@ def test_refusals_are_logged_once_a_minute_for_each_kind(
 
 
 def test_account_of_a_huge_refused_event_fits_in_an_event(bridge: QueueOnly) -> None:
-    assert bridge.emit("market_data", {**TICK, "bid": "9" * 3_000_000}) is None
+    assert bridge.emit("market_data", {**TICK, "bid": "9" * 600_000}) is None
     account = bridge.last().data
-    assert account["raw_bytes"] > 3_000_000
+    assert account["raw_bytes"] > 600_000
     assert len(account["reason"]) <= 1_000
     assert base64.b64decode(account["raw"]).startswith(b'{"event_type": "market_data"')
 
@@ -343,6 +344,20 @@ def test_log_handler_that_emits_events_neither_blocks_nor_recurses(tmp_path: Pat
 def test_emit_inside_an_emit_does_not_block(bridge: QueueOnly) -> None:
     with bridge.lock:  # where a signal handler or a finalizer may find its own thread
         assert bridge.emit("market_data", TICK)
+
+
+def test_full_or_closed_wake_pipe_is_no_reason_to_refuse_or_block(bridge: QueueOnly) -> None:
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    bridge._wake_pipe = (read, write)
+    for _ in range(70_000):
+        bridge.idle = True
+        bridge._wake()
+    assert bridge.emit("market_data", TICK)
+    os.close(read)
+    os.close(write)
+    bridge.idle = True
+    assert bridge.emit("market_data", TICK)
 
 
 def test_threads_get_ids_without_holes_in_the_order_of_the_queue(bridge: QueueOnly) -> None:

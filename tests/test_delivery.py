@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -230,22 +229,6 @@ def test_restarted_broker_is_found_by_the_next_event_alone(
     assert numbers(journalled(system)) == [0, 1]
 
 
-def test_full_wake_pipe_does_not_block_or_lose(system: System, make_bridge: MakeBridge) -> None:
-    system.start_bus()
-    bridge = make_bridge()
-    count_up(bridge, range(1))
-
-    def knock() -> None:
-        for _ in range(200_000):
-            bridge._wake()
-
-    fill = threading.Thread(target=knock)
-    fill.start()
-    count_up(bridge, range(1, 1_000))
-    fill.join()
-    assert bridge.flush(10)
-
-
 def test_spool_that_somebody_cut_is_counted_as_lost_and_delivery_goes_on(
     system: System, make_bridge: MakeBridge
 ) -> None:
@@ -321,6 +304,21 @@ def test_batch_that_is_not_taken_in_is_sent_again(
         broker.acknowledge(route)
         assert bridge.flush(10)
         assert bridge.last_error == ""
+
+
+def test_process_ends_in_time_when_its_events_are_taken_and_never_acknowledged(
+    system: System,
+) -> None:
+    with FakeBroker(system.settings.ingress_url):
+        begin = time.monotonic()
+        done = system.script(
+            "from event_bus import event_bridge as b\n"
+            "for n in range(100): b.user_action({'action': 'n', 'n': n})\n"
+        )
+        assert time.monotonic() - begin < 2
+    assert done.stderr == ""
+    (spool,) = system.settings.spool.iterdir()
+    assert spool.read_bytes().count(b"\n") == 100
 
 
 def test_events_refused_by_the_bus_alone_are_counted(
