@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from typing import Any
 import apsw
 import jsonschema
 import msgspec
+import psutil
 import pytest
 import zmq
 from conftest import System, free_port, wait_until
@@ -103,7 +105,8 @@ class Watcher:
     """A plain SUB socket that is known to be subscribed."""
 
     def __init__(self, broker: Broker, *topics: str, **options: int) -> None:
-        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
+        context: zmq.Context[Any] = zmq.Context.instance()
+        self.socket = context.socket(zmq.SUB)
         self.socket.linger = 0
         for name, value in options.items():
             self.socket.set(getattr(zmq, name.upper()), value)
@@ -180,9 +183,14 @@ def test_heartbeat_comes_each_second_and_fits_its_schema(start: Start) -> None:
 
 def test_health_of_the_bus_itself_is_stored_every_30_seconds(start: Start) -> None:
     bus = start()
-    bus.later(29.0)
+    with Watcher(bus.broker, "bitten.heartbeat") as watcher:
+        bus.later(29.0)
+        while watcher.receive()[1]["data"]["uptime"] < 29:
+            pass
+    bus.publish(line("a later turn of the loop"))
+    assert bus.client.status()["last_seq"] == 2
     bus.later(2.0)
-    wait_until(lambda: bus.client.status()["last_seq"] == 2, "the second account is stored")
+    wait_until(lambda: bus.client.status()["last_seq"] == 3, "the second account is stored")
     _, events = bus.fetch(from_seq=1)
     health = [e["data"] for e in events if e["event_type"] == "system_health"]
     assert [h["component"] for h in health] == ["event_bus"] * 2
@@ -486,5 +494,30 @@ def test_full_disk_is_refused_aloud_and_the_bus_goes_on_when_there_is_room(
             client.close()
             process.send_signal(signal.SIGTERM)
             assert "refusing events: no space left" in process.communicate(timeout=10)[0]
+        finally:
+            system.close()
+
+
+def test_spool_of_a_dead_process_waits_for_room_without_a_busy_loop(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 8) as disk:
+        system = System(disk / "home")
+        system.settings.make_home()
+        lines = [line(f"0123456789abcdef0123-{n}", action="x" * 10_000) for n in range(1, 201)]
+        (system.settings.spool / "0123456789abcdef0123.ndjson").write_bytes(b"".join(lines))
+        ballast = disk / "ballast"
+        ballast.write_bytes(bytes(5_000_000))
+        try:
+            system.start_bus()
+            with contextlib.closing(Client(system.settings.ingress_url)) as client:
+                wait_until(lambda: client.status()["state"] == "storage_full", "the disk is full")
+                first = psutil.Process(system.processes[0].pid).cpu_times()
+                began = time.monotonic()
+                wait_until(lambda: time.monotonic() - began > 1.0, "a second has passed")
+                then = psutil.Process(system.processes[0].pid).cpu_times()
+                assert then.user + then.system - first.user - first.system < 0.5
+                ballast.unlink()
+                done = len(lines) + 1
+                wait_until(lambda: client.status()["last_seq"] >= done, "the spool is adopted")
+                assert list(system.settings.spool.glob("*.ndjson")) == []
         finally:
             system.close()
