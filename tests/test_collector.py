@@ -395,7 +395,7 @@ def test_own_type_that_cannot_be_used_is_named_and_disturbs_nothing(bus: System)
 
 def test_stop_is_prompt_while_the_bus_is_away(system: System) -> None:
     collector = system.start_collector()
-    said(collector, "storing into")
+    said(collector, "no answer from the event bus")
     assert stop(collector) < PROMPT_S
 
 

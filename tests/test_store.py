@@ -150,7 +150,7 @@ def values(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
         fitting = st.floats(low, high) | st.integers(int(low), int(high)) | fitting
     return fitting.filter(
         lambda v: not isinstance(v, str) or schema.get("minLength", 0) <= len(v)
-    ).map(lambda v: abs(v) if isinstance(v, int | float) and "minimum" in schema else v)
+    ).map(lambda v: min(abs(v), 2**63 - 1) if type(v) is int and "minimum" in schema else v)
 
 
 def datas(event_type: EventType) -> st.SearchStrategy[dict[str, Any]]:
