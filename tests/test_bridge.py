@@ -314,7 +314,7 @@ def test_refusals_are_logged_once_a_minute_for_each_kind(
 
 
 def test_account_of_a_huge_refused_event_fits_in_an_event(bridge: QueueOnly) -> None:
-    assert bridge.emit("market_data", {**TICK, "bid": "9" * 600_000}) is None
+    assert bridge.emit("market_data", {**TICK, "9" * 600_000: math.nan}) is None
     account = bridge.last().data
     assert account["raw_bytes"] > 600_000
     assert len(account["reason"]) <= 1_000
