@@ -33,6 +33,7 @@ TYPES = sorted(t.name for t in REGISTRY if not t.storage.live_only)
 def event(event_type: str, data: dict[str, Any], event_id: str = "", **fields: Any) -> Envelope:
     event_id = event_id or f"0123456789abcdef0123-{next(_numbers)}"
     fields = {"timestamp": 1763695677.25, "source": "test", **fields}
+    fields = {name: value for name, value in fields.items() if value is not None}
     return Envelope(event_id=event_id, event_type=event_type, data=data, **fields)
 
 
@@ -348,8 +349,10 @@ def test_names_beyond_the_cache_are_still_right(
 ) -> None:
     monkeypatch.setattr(store_module, "MAX_CACHED_NAMES", 5)
     symbols = [f"S{i % 9}" for i in range(50)]
-    write(store, *[tick(symbol=s) for s in symbols])
+    for part in (symbols[:25], symbols[25:]):
+        write(store, *[event("market_data", tick(symbol=s).data, source=None) for s in part])
     assert by_program(store.path, "SELECT symbol FROM market_data ORDER BY seq") == symbols
+    assert by_program(store.path, "SELECT count(*) FROM events WHERE source IS NULL") == ["50"]
 
 
 def test_files_are_for_their_owner_alone_whatever_the_umask(tmp_path: Path) -> None:
