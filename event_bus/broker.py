@@ -130,11 +130,6 @@ class Broker:
         with contextlib.suppress(OSError):  # awake already, or closed
             self._wake_send.send(b"\0")
 
-    @property
-    def wake_fd(self) -> int:
-        """A descriptor for `signal.set_wakeup_fd`: whatever is written to it ends the wait."""
-        return self._wake_send.fileno()
-
     def run(self) -> None:
         """Serve until `stop`. Raises JournalError when the journal cannot be trusted any more."""
         try:

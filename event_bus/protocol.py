@@ -78,10 +78,12 @@ class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def raise_error(body: bytes) -> None:
-    """Raise the BusRefused that an error reply stands for."""
+    """Raise the BusRefused that an error reply stands for; TrimmedRange if one can go on later."""
     error = msgspec.json.decode(body, type=ErrorReply)
-    if error.code == "trimmed" and error.first_seq is not None:
-        raise TrimmedRange(error.message, first_seq=error.first_seq)
+    if error.first_seq is not None:
+        gone = TrimmedRange(error.message, first_seq=error.first_seq)
+        gone.code = error.code  # trimmed or damaged
+        raise gone
     raise BusRefused(error.message, code=error.code)
 
 

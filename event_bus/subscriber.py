@@ -123,9 +123,11 @@ class Subscriber:
     Unix seconds (float). Both `for` and `async for` work; one subscriber takes one of them at a
     time, and a second loop goes on where the first one stopped. Iteration ends after `timeout_s`
     without a matching event (default: never). While the broker is away it waits and goes on where
-    it was. Raises TrimmedRange when `start` is no longer in the journal, and BusRefused when it is
-    beyond its end or damaged. `next_seq` is where another subscriber would go on: everything
-    before it was handed out or not asked for. It is None until "now" or a time is known as a seq.
+    it was. Raises TrimmedRange when what comes next is no longer in the journal, or damaged
+    there, and BusRefused when `start` is beyond its end.
+
+    `next_seq` is where another subscriber would go on: everything before it was handed out or not
+    asked for. It is None until "now" or a time is known as a seq.
     """
 
     def __init__(
