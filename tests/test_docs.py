@@ -87,10 +87,8 @@ def running(tmp_path: Path) -> Iterator[System]:
 
 
 def test_every_block_has_a_language_that_is_run_or_read() -> None:
-    strange = [
-        str(b) for b in BLOCKS if b.language not in ("bash", "python", "sql", "json", "text")
-    ]
-    assert not strange
+    known = ("bash", "python", "sql", "json", "yaml", "text")
+    assert not [str(b) for b in BLOCKS if b.language not in known]
 
 
 @runnable("bash")
@@ -150,6 +148,13 @@ def test_examples_of_the_schemas_are_valid() -> None:
 @runnable("json")
 def test_json_of_the_documentation_is_json(block: Block) -> None:
     json.loads(block.text)
+
+
+@runnable("yaml")
+def test_config_of_the_documentation_is_taken(block: Block, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(block.text)
+    defaults = Settings.load(environ={"BITTEN_HOME": str(tmp_path / "other")})
+    assert Settings.load(environ={"BITTEN_HOME": str(tmp_path)}) != defaults
 
 
 def test_links_between_pages_lead_somewhere() -> None:
