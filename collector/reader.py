@@ -59,7 +59,7 @@ class Reader:
             "timestamp >= ?": start_time,
             "timestamp < ?": end_time,
             "source = ?": source,
-            "user_id = ?": None if user_id is None else str(user_id),
+            "user_id = ?": user_id,
             "correlation_id = ?": correlation_id,
         }
         conditions = [sql for sql, value in where.items() if value is not None]
