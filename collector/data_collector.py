@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from collector.reader import Reader
-from collector.store import DatabaseUnavailable, Store
+from collector.store import Store
 from event_bus import protocol
 from event_bus.errors import BusRefused, BusUnavailable, DatabaseError, StartError, TrimmedRange
 from event_bus.event_schema import Registry
@@ -185,19 +185,15 @@ class DataCollector:
                     hint="restore the newer journal.db, or move the database aside to begin a new"
                     " one",
                 ) from e
-            self._skip(e.first_seq, cursor, store, journal_id)
+            self._skip(e, cursor, store, journal_id)
             return []
 
-    def _skip(self, first_seq: int, cursor: Cursor, store: Store, journal_id: str) -> None:
+    def _skip(self, gone: TrimmedRange, cursor: Cursor, store: Store, journal_id: str) -> None:
         """Go on at the first event that there is, and keep account of those that there are not."""
-        first, last = store.last_seq + 1, first_seq - 1
+        first, last = store.last_seq + 1, gone.first_seq - 1
         if self._persist(partial(store.record_gap, first, last, journal_id)):
-            cursor.next_seq = first_seq
-            log.error(
-                "events %d to %d can no longer be stored: the journal begins at %d; to keep more, "
-                "raise journal_max_age_s and journal_max_bytes",
-                *(first, last, first_seq),
-            )
+            cursor.next_seq = gone.first_seq
+            log.error("events %d to %d can no longer be stored: %s", first, last, gone)
 
     def _persist(self, action: Callable[[], _Result]) -> _Result | None:
         """Try until it succeeds: an analyst's lock or a full disk passes. None after `stop`."""

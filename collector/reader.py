@@ -11,7 +11,7 @@ import msgspec
 
 from collector.relations import Relation
 from collector.store import check_version, is_blank
-from event_bus.errors import DatabaseError
+from event_bus.errors import DatabaseError, DatabaseMissing
 
 BUSY_TIMEOUT_MS = 5_000
 
@@ -35,8 +35,8 @@ class Reader:
             raise self._nothing()
         check_version(self.db, path)
 
-    def _nothing(self) -> DatabaseError:
-        return DatabaseError(
+    def _nothing(self) -> DatabaseMissing:
+        return DatabaseMissing(
             f"there is no database at {self.path} yet",
             hint="start the collector with `bitten up`, `bitten collect` or pm2",
         )

@@ -13,7 +13,7 @@ import msgspec
 from collector.reader import Reader
 from collector.relations import Relation
 from event_bus.cli.output import print_json, print_table, printable
-from event_bus.errors import RejectedEvent, SchemaError
+from event_bus.errors import DatabaseMissing, RejectedEvent, SchemaError
 from event_bus.event_schema import EventType, Registry, check_schema, read_schema
 from event_bus.settings import Settings
 
@@ -152,9 +152,11 @@ def check(settings: Settings, files: tuple[Path, ...]) -> None:
 
 def _check_against_stored(settings: Settings, event_type: EventType) -> None:
     """Raise SchemaError if stored events would no longer fit their columns or their schema."""
-    if not settings.db.exists():
+    try:
+        reader = Reader(settings.db)
+    except DatabaseMissing:
         return
-    with Reader(settings.db) as reader:
+    with reader:
         stored = reader.rows(
             "SELECT definition FROM _relation JOIN _name ON id = type WHERE name = ?",
             event_type.name,

@@ -23,7 +23,7 @@ import msgspec
 from collector.columns import rows
 from collector.relations import Relation, events_view_sql
 from event_bus.envelope import Envelope
-from event_bus.errors import DatabaseError, SchemaError
+from event_bus.errors import DatabaseError, DatabaseUnavailable, SchemaError
 from event_bus.event_schema import EventType, Registry
 from event_bus.subscriber import Batch
 
@@ -65,10 +65,6 @@ _LAST_SEQ = (
     "SELECT max(coalesce((SELECT max(seq) FROM _event), 0),"
     " coalesce((SELECT max(last_seq) FROM _gap), 0))"
 )
-
-
-class DatabaseUnavailable(DatabaseError):
-    """The database cannot be written just now: locked, or the disk is full. Worth trying again."""
 
 
 class Names(dict[str | None, int | None]):

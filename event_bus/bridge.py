@@ -88,7 +88,11 @@ class Bridge:
         self.outbox = Outbox(self.settings, self.token)
         self.lock = self.outbox.lock
         self.imports = threading.RLock()
-        self.idle = self.warned = False
+        self.idle = False
+        # What the idle delivery thread waits for. A lock and not a pipe: a write lets go of the
+        # interpreter, and the caller then waits for the thread's whole turn (40 µs, not 6).
+        self.news = threading.Lock()
+        self.news.acquire()
         self.closing_at: float | None = None
         self.settled_changed = threading.Condition()
         self.acked = self.lost = self.overflowed = self.refused = self.refused_by_bus = 0
@@ -99,7 +103,6 @@ class Bridge:
         self._dropped_at_flush = 0
         self._closed = False
         self._thread: threading.Thread | None = None
-        self._wake_pipe: tuple[int, ...] = ()
 
     # A fork in the middle of another thread's import would leave the child with a module lock
     # that nobody releases; it waits for the few milliseconds that the imports take, once.
@@ -112,8 +115,6 @@ class Bridge:
 
     def _after_fork_in_child(self) -> None:
         self.outbox.spool.release()
-        for fd in self._wake_pipe:
-            os.close(fd)
         self._reset()
 
     @property
@@ -201,18 +202,16 @@ class Bridge:
             if not own and not outbox.has_room(size):
                 self._count_loss(1, "memory full")
                 self.overflowed += 1
-                event_id, wake = None, not self.warned
+                event_id = None
             else:
                 event_id = self._next_id()
                 outbox.put(_with_id(line, event_id))
-                wake = self.idle or (not self.warned and outbox.crowded)
                 if self._closed:
                     problem = self._spill_rest()
                 elif self._thread is None:
                     problem = self._start()
-            if wake:
-                self.idle, self.warned = False, True
-        if wake:
+            idle, self.idle = self.idle, False
+        if idle:
             self._wake()
         if event_id is None:
             self.warn("dropped", "an event was dropped: memory full")
@@ -297,32 +296,25 @@ class Bridge:
 
     def _start(self) -> str:
         """Start the delivery thread; why that was not possible, or empty."""
-        read, write = os.pipe()
-        os.set_blocking(read, False)
-        os.set_blocking(write, False)
-        thread = threading.Thread(
-            target=self._deliver, args=(read,), name="bitten-bridge", daemon=True
-        )
+        thread = threading.Thread(target=self._deliver, name="bitten-bridge", daemon=True)
         try:
             thread.start()
         except RuntimeError as e:  # no thread to be had, or the interpreter is going down
-            os.close(read)
-            os.close(write)
             return f"events wait in memory: {e}"
-        self._thread, self._wake_pipe = thread, (read, write)
+        self._thread = thread
         if "multiprocessing.util" in sys.modules:  # its children end without running atexit
             sys.modules["multiprocessing.util"].Finalize(None, self.close, exitpriority=0)
         return ""
 
-    def _deliver(self, wake_fd: int) -> None:
+    def _deliver(self) -> None:
         with self.imports:  # 25 ms that no caller waits for
             from event_bus.delivery import Delivery
 
-        Delivery(self, wake_fd).run()
+        Delivery(self).run()
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError, IndexError):  # full: it is awake, or will be
-            os.write(self._wake_pipe[1], b"\0")
+        with contextlib.suppress(RuntimeError):  # released already: it is awake, or will be
+            self.news.release()
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until what was emitted so far is acknowledged, `timeout_s` at the longest.

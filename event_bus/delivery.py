@@ -30,7 +30,11 @@ SPILL_AFTER_S = 0.25
 RETRY_S = 0.5
 CONNECT_S = 0.25
 MAX_CONNECT_S = 1.0
-CONNECTION_CHECK_S = 0.05
+CHECK_S = 0.005
+"""A look at connection and memory while something is on its way. Nobody wakes the thread then: what
+comes meanwhile goes out with the next answer."""
+
+AWAY_CHECK_S = 0.02
 LOSS_REPORT_S = 1.0
 
 
@@ -46,10 +50,9 @@ class _Flight(msgspec.Struct):
 class Delivery:
     """Owns the socket, and the outbox's reading end. `run` is the thread's body."""
 
-    def __init__(self, bridge: Bridge, wake_fd: int) -> None:
+    def __init__(self, bridge: Bridge) -> None:
         self._bridge = bridge
         self._outbox = bridge.outbox
-        self._wake_fd = wake_fd
         self._flights: deque[_Flight] = deque()
         self._requests = 0
         self._connected = False
@@ -57,7 +60,6 @@ class Delivery:
         self._connect_again_at = 0.0
         self._away_since: float | None = None
         self._progress_at = self._retry_at = self._loss_report_at = 0.0
-        self._spool_full = False
 
     def run(self) -> None:
         """Deliver until the bridge closes; what cannot be delivered by then is in the spool."""
@@ -90,7 +92,6 @@ class Delivery:
         self._socket.reconnect_ivl = -1
         self._socket.connect(self._bridge.settings.ingress_url)
         self._poller = zmq.Poller()
-        self._poller.register(self._wake_fd, zmq.POLLIN)
         self._poller.register(self._socket, zmq.POLLIN)
         self._connected = False
         self._connect_again_at = time.monotonic() + self._connect_s
@@ -104,31 +105,29 @@ class Delivery:
     def _wait(self) -> None:
         """Sleep until there is an event, an answer, a connection or something due."""
         bridge = self._bridge
-        bridge.warned = (
-            self._spool_full
-        )  # memory that fills up is worth a wake if it can be spilled
-        wants = self._wants_to_send()
-        bridge.idle = not wants
-        if not wants and self._wants_to_send():  # an event came before it could see us idle
-            wants, bridge.idle = True, False
-        self._poller.modify(self._socket, zmq.POLLIN | (zmq.POLLOUT if wants else 0))
         now = time.monotonic()
         due = [self._loss_report_at] if bridge.loss and self._connected else []
-        if self._flights:
-            due.append(now + CONNECTION_CHECK_S)
-        if wants and self._connected:
-            due.append(now + CONNECTION_CHECK_S)  # or the connection was lost while we slept
-        elif wants:
-            due += [self._connect_again_at, now + SPILL_AFTER_S]
         if self._retry_at > now:
             due.append(self._retry_at)
         if bridge.closing_at is not None:
-            due += [bridge.closing_at, now + CONNECTION_CHECK_S]
-        timeout_ms = max(0, int((min(due) - now) * 1000) + 1) if due else None
-        ready = dict(self._poller.poll(timeout_ms))
+            due += [bridge.closing_at, now + CHECK_S]
+        wants = self._wants_to_send()
+        if not wants and not self._flights:
+            self._wait_for_news(min(due) - now if due else None)
+            return
+        if self._flights or self._connected:
+            due.append(now + CHECK_S)
+        else:
+            due += [self._connect_again_at, now + AWAY_CHECK_S]
+        self._poller.modify(self._socket, zmq.POLLIN | (zmq.POLLOUT if wants else 0))
+        self._poller.poll(max(0, int((min(due) - now) * 1000) + 1))
+
+    def _wait_for_news(self, timeout_s: float | None) -> None:
+        bridge = self._bridge
+        bridge.idle = True
+        if not self._wants_to_send():  # or an event came before it could see us idle
+            bridge.news.acquire(timeout=-1 if timeout_s is None else max(0.0, timeout_s))
         bridge.idle = False
-        if self._wake_fd in ready:
-            os.read(self._wake_fd, 4096)
 
     def _receive(self) -> None:
         while True:
@@ -232,20 +231,17 @@ class Delivery:
         return msgspec.json.encode({"pid": os.getpid(), **{name: stats[name] for name in names}})
 
     def _spill_if_needed(self) -> None:
-        """Put memory on disk when the broker is away, or slow while memory is half full."""
+        """Put memory on disk when the broker is away, or when memory is half full."""
         now = time.monotonic()
         outbox = self._outbox
         away = self._away_since is not None and now - self._away_since >= SPILL_AFTER_S
-        hangs = bool(self._flights) and now - self._progress_at >= SPILL_AFTER_S
-        slow = hangs or bool(outbox.spool) or now < self._retry_at
-        if outbox.lines and (away or (slow and outbox.crowded)):
+        if outbox.lines and (away or outbox.crowded):
             self._spill()
 
     def _spill(self) -> None:
         if any(f.lines is not None for f in self._flights):  # they are older than the rest
             self._recall()
         problem = self._outbox.spill(BATCH_EVENTS, BATCH_BYTES)
-        self._spool_full = bool(problem)
         if problem:
             self._bridge.last_error = problem
             self._bridge.warn("spill", f"events wait in memory: {problem}")

@@ -7,11 +7,13 @@ BittenError
 ├── RejectedEvent      an event that the contract refuses; carries the rejection
 ├── BusUnavailable     the broker did not answer in time
 ├── BusRefused         the broker answered a request with an error
-│   └── TrimmedRange   the events asked for are older than the journal's retention
+│   └── TrimmedRange   the events asked for are gone from the journal: too old, or damaged
 ├── StartError         a daemon cannot start: port, lock or directory is not to be had
 ├── JournalError       journal.db cannot be read or written
 │   └── JournalFull    there is no space left for it; worth trying again
-└── DatabaseError      bitten_events.db is missing, foreign, of another version or unusable
+└── DatabaseError      bitten_events.db is foreign, of another version or unusable
+    ├── DatabaseMissing      nobody has made it yet
+    └── DatabaseUnavailable  locked, or its disk is full; worth trying again
 
 A message says what, where and why; `hint` says what to do about it.
 """
@@ -74,10 +76,10 @@ class BusRefused(BittenError):
 
 
 class TrimmedRange(BusRefused):
-    """The first seq still held is `first_seq`; everything before it is gone from the journal."""
+    """The first seq from the one asked for on that can be had is `first_seq`."""
 
-    def __init__(self, message: str, *, first_seq: int, hint: str | None = None) -> None:
-        super().__init__(message, code="trimmed", hint=hint)
+    def __init__(self, message: str, *, first_seq: int, code: str = "trimmed") -> None:
+        super().__init__(message, code=code)
         self.first_seq = first_seq
 
 
@@ -95,3 +97,11 @@ class JournalFull(JournalError):
 
 class DatabaseError(BittenError):
     exit_code = 4
+
+
+class DatabaseMissing(DatabaseError):
+    pass
+
+
+class DatabaseUnavailable(DatabaseError):
+    pass

@@ -18,8 +18,6 @@ MAX_KEY_CHARACTERS = 255
 _TYPE_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 _COLUMN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 _OWN_COLUMNS = {"seq", "created_at", "received_at"}
-# The collector's own relations; a type's rows are in `_<table>`.
-_OWN_TABLES = {"events", "event", "meta", "name", "relation", "count", "batch"}
 
 
 class Storage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -220,11 +218,7 @@ def check_schema(event_type: EventType) -> None:
                 + ", ".join(sorted(_OWN_COLUMNS)),
             )
     table = event_type.table.lower()
-    if (
-        not _COLUMN_NAME.fullmatch(table)
-        or table in _OWN_TABLES
-        or table.startswith(("_", "sqlite"))
-    ):
+    if not _COLUMN_NAME.fullmatch(table) or table == "events" or table.startswith(("_", "sqlite")):
         raise SchemaError(
             f"{event_type.path}: x-bitten.table: {event_type.table!r} cannot be a table of its own",
             hint="set it to letters, digits and underscores, and no name the database uses",

@@ -81,9 +81,7 @@ def raise_error(body: bytes) -> None:
     """Raise the BusRefused that an error reply stands for; TrimmedRange if one can go on later."""
     error = msgspec.json.decode(body, type=ErrorReply)
     if error.first_seq is not None:
-        gone = TrimmedRange(error.message, first_seq=error.first_seq)
-        gone.code = error.code  # trimmed or damaged
-        raise gone
+        raise TrimmedRange(error.message, first_seq=error.first_seq, code=error.code)
     raise BusRefused(error.message, code=error.code)
 
 

@@ -125,7 +125,12 @@ class System:
             db.close()
 
     def stored(self) -> int:
-        return int(self.sql("SELECT count(*) FROM events")[0][0]) if self.db.exists() else 0
+        """How many events the database holds; 0 while it is being made."""
+        if not self.db.exists() or not self.sql(
+            "SELECT 1 FROM sqlite_master WHERE name = 'events'"
+        ):
+            return 0
+        return int(self.sql("SELECT count(*) FROM events")[0][0])
 
     def wait_stored(self) -> int:
         """Wait until the database holds all the journal has; returns the last seq."""

@@ -346,18 +346,10 @@ def test_emit_inside_an_emit_does_not_block(bridge: QueueOnly) -> None:
         assert bridge.emit("market_data", TICK)
 
 
-def test_full_or_closed_wake_pipe_is_no_reason_to_refuse_or_block(bridge: QueueOnly) -> None:
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    bridge._wake_pipe = (read, write)
-    for _ in range(70_000):
+def test_wakes_that_nobody_waits_for_do_no_harm(bridge: QueueOnly) -> None:
+    for _ in range(10):
         bridge.idle = True
-        bridge._wake()
-    assert bridge.emit("market_data", TICK)
-    os.close(read)
-    os.close(write)
-    bridge.idle = True
-    assert bridge.emit("market_data", TICK)
+        assert bridge.emit("market_data", TICK)
 
 
 def test_threads_get_ids_without_holes_in_the_order_of_the_queue(bridge: QueueOnly) -> None:

@@ -206,6 +206,22 @@ def test_large_events_in_a_burst_go_to_disk_before_memory_is_full(make_bridge: M
     assert bridge.stats()["dropped"] == 0
 
 
+def test_burst_that_the_bus_is_too_slow_for_is_spooled_at_once(
+    system: System, make_bridge: MakeBridge
+) -> None:
+    bus = system.start_bus()
+    bridge = make_bridge(outbox_max_events=20_000)
+    count_up(bridge, range(1))
+    assert bridge.flush(5)
+    bus.send_signal(signal.SIGSTOP)
+    for n in range(1, 35_000):  # in less time than it takes to see that the bus hangs
+        bridge.emit("user_action", {"action": "n", "n": n})
+    assert bridge.stats()["dropped"] == 0
+    bus.send_signal(signal.SIGCONT)
+    assert bridge.flush(30)
+    assert numbers(journalled(system)) == list(range(35_000))
+
+
 def test_every_event_wakes_a_sleeping_thread(system: System, make_bridge: MakeBridge) -> None:
     system.start_bus()
     bridge = make_bridge()
