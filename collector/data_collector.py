@@ -17,7 +17,14 @@ from typing import Any, TypeVar
 from collector.reader import Reader
 from collector.store import Store
 from event_bus import protocol
-from event_bus.errors import BusRefused, BusUnavailable, DatabaseError, StartError, TrimmedRange
+from event_bus.errors import (
+    BusRefused,
+    BusUnavailable,
+    DatabaseError,
+    DatabaseUnavailable,
+    StartError,
+    TrimmedRange,
+)
 from event_bus.event_schema import Registry
 from event_bus.lock import FileLock
 from event_bus.protocol import Client

@@ -11,7 +11,6 @@ import enum
 import json
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Iterator

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from collector import store as store_module
 from collector.store import Store
 from event_bus.envelope import Envelope, decode_lines, encode_lines
-from event_bus.errors import DatabaseError
+from event_bus.errors import DatabaseError, DatabaseUnavailable
 from event_bus.event_schema import EventType, Registry
 from event_bus.subscriber import Batch
 
