@@ -21,7 +21,7 @@ import zmq
 from event_bus import envelope, protocol
 from event_bus.adopt import SpoolAdopter
 from event_bus.envelope import Envelope
-from event_bus.errors import JournalError, JournalFull, StartError
+from event_bus.errors import JournalError, JournalFull, OutOfTurn, StartError
 from event_bus.event_schema import TOPIC_PREFIX, Registry
 from event_bus.intake import SOURCE, Committed, Intake, Receipt
 from event_bus.journal import DamagedBatch, Journal
@@ -213,6 +213,11 @@ class Broker:
                 return
 
     def _take(self, route: list[bytes], arguments: list[bytes]) -> None:
+        try:
+            self.intake.check_turn(arguments[0])
+        except OutOfTurn as e:
+            self._fail(route, "storage_full", str(e))
+            return
         report = arguments[1].decode("utf-8", "replace") if len(arguments) > 1 else None
         receipt = Receipt()
         self._receipts.append((route, receipt))
@@ -370,13 +375,13 @@ class Broker:
         now = self._monotonic()
         if now >= self._heartbeat_due:
             self._heartbeat_due = now + HEARTBEAT_S
+            self._adopter.look()
             self._heartbeat()
         if now >= self._health_due:
             self._health_due = now + HEALTH_S
             self._emit_health()
         if now >= self._housekeeping_due:
             self._housekeeping_due = now + HOUSEKEEPING_S
-            self._adopter.look()
             self._housekeeping()
 
     def _heartbeat(self) -> None:

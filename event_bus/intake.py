@@ -17,13 +17,14 @@ import msgspec
 
 from event_bus import envelope
 from event_bus.envelope import Envelope
-from event_bus.errors import JournalError, RejectedEvent
+from event_bus.errors import JournalError, OutOfTurn, RejectedEvent
 from event_bus.event_schema import Registry
 from event_bus.journal import Journal, Producer
 
 SOURCE = "event_bus"
 MAX_BATCH_LINES = 20_000
 MAX_REPORT_BYTES = 4_096
+_FIRST_ID = re.compile(rb'\{"event_id":"([0-9a-f]{20})-([1-9][0-9]{0,17})"')
 _NATIVE_ID = re.compile(r"([0-9a-f]{20})-([1-9][0-9]{0,17})")
 
 
@@ -68,6 +69,7 @@ class Intake:
         self._checks: dict[str, Callable[[Any], bool]] = {}
         self._safe_totals = Receipt()
         self._learn()
+        self._refused: dict[str, int] = {}  # producer's token to the first n refused
         self._clear()
         self.committed: list[Committed] = []
 
@@ -97,6 +99,20 @@ class Intake:
         self.totals.rejected += receipt.rejected
         self.totals.conflicts += receipt.conflicts
         return receipt
+
+    def check_turn(self, batch: bytes) -> None:
+        """Raise OutOfTurn for a batch that was on its way when an older one was refused.
+
+        Its producer sends both again; taken in now, the newer one would pass the older.
+        """
+        match = _FIRST_ID.match(batch) if self._refused else None
+        if match is None:
+            return
+        token, first = match[1].decode(), int(match[2])
+        refused = self._refused.get(token)
+        if refused is not None and first > refused:
+            raise OutOfTurn(f"events of {token} from {refused} on have to come first")
+        self._refused.pop(token, None)
 
     def emit(self, event_type: str, data: dict[str, Any]) -> None:
         """Take in an event of the bus itself."""
@@ -133,6 +149,10 @@ class Intake:
 
     def forget(self) -> None:
         """Drop what is pending, and know of producers and counts what the last commit left."""
+        for producer, first, _, _ in self._runs:
+            if producer.token != self._token:
+                earlier = self._refused.get(producer.token, first)
+                self._refused[producer.token] = min(earlier, first)
         self._clear()
         self.journal.reload_producers()
         self.totals = msgspec.structs.replace(self._safe_totals)

@@ -27,7 +27,7 @@ from disks import small_disk
 import schemas
 from event_bus import envelope, protocol
 from event_bus.broker import Broker
-from event_bus.envelope import Envelope
+from event_bus.envelope import Envelope, new_producer
 from event_bus.errors import BusRefused, TrimmedRange
 from event_bus.protocol import Client, FetchReply
 from event_bus.settings import Settings
@@ -492,6 +492,32 @@ def test_full_disk_is_refused_aloud_and_the_bus_goes_on_when_there_is_room(
             client.close()
             process.send_signal(signal.SIGTERM)
             assert "refusing events: no space left" in process.communicate(timeout=10)[0]
+        finally:
+            system.close()
+
+
+def test_what_was_on_its_way_does_not_pass_what_a_full_disk_refused(tmp_path: Path) -> None:
+    token = new_producer()
+    with small_disk(tmp_path / "disk", 4) as disk:
+        system = System(disk / "home")
+        ballast = disk / "ballast"
+        ballast.write_bytes(bytes(2_000_000))
+        try:
+            system.start_bus()
+            client = Client(system.settings.ingress_url)
+            n = 0
+            with pytest.raises(BusRefused, match="no space left"):
+                while n < 100:
+                    n += 1
+                    client.publish(line(f"{token}-{n}", action="x" * 100_000))
+            ballast.unlink()
+            with pytest.raises(BusRefused, match=f"from {n} on have to come first") as caught:
+                client.publish(line(f"{token}-{n + 1}"))
+            assert caught.value.code == "storage_full"
+            assert client.publish(line("somebody else's"))["accepted"] == 1
+            assert client.publish(line(f"{token}-{n}"))["accepted"] == 1
+            assert client.publish(line(f"{token}-{n + 1}"))["accepted"] == 1
+            client.close()
         finally:
             system.close()
 
