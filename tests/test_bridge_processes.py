@@ -349,7 +349,7 @@ def test_user_without_a_home_directory_can_emit(bus: System) -> None:
     code = (
         "import os; os.setreuid(54321, -1)\n"  # pathlib asks for the real user's home
         "from event_bus import event_bridge as b\n"
-        "print(bool(b.user_action({'action': 'a'})), b.flush(5)); os._exit(0)"
+        "print(bool(b.user_action({'action': 'a'})), b.flush(5), flush=True); os._exit(0)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=20

@@ -223,7 +223,13 @@ def test_interrupted_demo_leaves_no_file_and_no_process(
     sandbox: Sandbox, number: signal.Signals
 ) -> None:
     argv = [sys.executable, "-m", "event_bus", "demo", "--json"]
-    with subprocess.Popen(argv, env=sandbox.environ, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        argv,
+        env=sandbox.environ,
+        stdout=subprocess.PIPE,
+        # A shell's background job, as these tests may be, has it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         wait_until(lambda: list(sandbox.temporary.glob("*/bitten_events.db")), "a database")
         process.send_signal(number)
         assert process.wait(30) == 130
@@ -233,7 +239,13 @@ def test_interrupted_demo_leaves_no_file_and_no_process(
 
 def test_killed_demo_leaves_no_process(sandbox: Sandbox) -> None:
     argv = [sys.executable, "-m", "event_bus", "demo", "--json"]
-    with subprocess.Popen(argv, env=sandbox.environ, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        argv,
+        env=sandbox.environ,
+        stdout=subprocess.PIPE,
+        # A shell's background job, as these tests may be, has it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         wait_until(lambda: list(sandbox.temporary.glob("*/bitten_events.db")), "a database")
         assert sandbox.processes() != []
         process.kill()
