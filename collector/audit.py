@@ -28,10 +28,9 @@ def audit(settings: Settings) -> dict[str, Any]:
     """
     bus = _bus_status(settings) or _journal_status(settings.journal)
     with Reader(settings.db) as reader:
-        count, first, last = reader.rows(
-            "SELECT count(*) AS n, min(seq) AS lo, max(seq) AS hi FROM _event"
-        )[0].values()
-        holes = (last or 0) - count
+        count = reader.rows("SELECT count(*) AS n FROM _event")[0]["n"]
+        last = reader.last_seq()
+        holes = last - count
         rejected = reader.rows(
             "SELECT count(*) AS n, sum(rule = 'conflict') AS conflicts FROM rejected_events"
         )[0]
@@ -45,7 +44,7 @@ def audit(settings: Settings) -> dict[str, Any]:
                 " WHERE producer IS NOT NULL GROUP BY producer) JOIN _name ON id = producer"
             )
         }
-        ranges = _missing_ranges(reader, first) if holes else []
+        ranges = _missing_ranges(reader, last) if holes else []
     dropped = {row["producer"]: row["n"] for row in announced}
     producers = []
     for p in bus["producers"]:
@@ -57,20 +56,18 @@ def audit(settings: Settings) -> dict[str, Any]:
                 "producer": token,
                 "source": report.get("source"),
                 "pid": report.get("pid"),
-                "published": p["last_n"] - dropped[token],
+                "published": p["last_n"],
                 "stored": stored_by.get(token, 0),
                 "dropped": dropped[token],
                 "refused": report.get("refused", 0),
                 "last_seen": p["last_seen"],
             }
         )
-    spooled = sum(path.read_bytes().count(b"\n") for path in settings.spool.glob("*.ndjson"))
     ledger: dict[str, Any] = {
         "published": bus["last_seq"],
-        "acked": bus["last_seq"],
         "stored": count,
-        "waiting": max(0, bus["last_seq"] - (last or 0)),
-        "spooled": spooled,
+        "waiting": max(0, bus["last_seq"] - last),
+        "spooled": sum(map(_lines, settings.spool.glob("*.ndjson"))),
         "dropped": sum(dropped.values()),
         "rejected": rejected["n"],
         "conflicts": rejected["conflicts"] or 0,
@@ -97,18 +94,19 @@ def _verdict(ledger: dict[str, Any]) -> str:
     return f"{ledger['lost']} lost: {'; '.join(parts)}"
 
 
-def _missing_ranges(reader: Reader, first: int | None) -> list[list[int]]:
-    ranges = [[1, first - 1]] if first and first > 1 else []
-    ranges += [
+def _missing_ranges(reader: Reader, last: int) -> list[list[int]]:
+    """The first ranges of seq from 1 to `last` that are not stored."""
+    return [
         [row["lo"], row["hi"]]
         for row in reader.rows(
-            "SELECT seq + 1 AS lo, following - 1 AS hi FROM"
-            " (SELECT seq, lead(seq) OVER (ORDER BY seq) AS following FROM _event)"
-            " WHERE following > seq + 1 LIMIT ?",
+            "SELECT previous + 1 AS lo, seq - 1 AS hi FROM"
+            " (SELECT seq, lag(seq, 1, 0) OVER (ORDER BY seq) AS previous FROM"
+            " (SELECT seq FROM _event UNION ALL SELECT ?))"
+            " WHERE seq > previous + 1 LIMIT ?",
+            last + 1,
             MAX_RANGES,
         )
     ]
-    return ranges
 
 
 def _bus_status(settings: Settings) -> dict[str, Any] | None:
@@ -144,6 +142,15 @@ def _journal_status(path: Path) -> dict[str, Any]:
         "duplicates": None,
         "producers": producers,
     }
+
+
+def _lines(path: Path) -> int:
+    """Events in a spool file; none in one that was delivered meanwhile."""
+    try:
+        with path.open("rb") as spool:
+            return sum(chunk.count(b"\n") for chunk in iter(lambda: spool.read(1 << 20), b""))
+    except FileNotFoundError:
+        return 0
 
 
 def _value(db: apsw.Connection, sql: str) -> Any:

@@ -10,7 +10,7 @@ import apsw
 import msgspec
 
 from collector.relations import Relation
-from collector.store import check_version, is_blank
+from collector.store import LAST_SEQ, check_version, is_blank
 from event_bus.errors import DatabaseError, DatabaseMissing
 
 BUSY_TIMEOUT_MS = 5_000
@@ -88,6 +88,10 @@ class Reader:
         except apsw.Error as e:
             raise DatabaseError(f"cannot read {self.path}: {e}") from e
 
+    def last_seq(self) -> int:
+        """Everything up to here is stored or recorded as a gap."""
+        return int(self.rows(f"{LAST_SEQ} AS seq")[0]["seq"])
+
     def stats(self) -> dict[str, Any]:
         """See DataCollector.get_stats."""
         by_type = {
@@ -102,7 +106,7 @@ class Reader:
             "events_received": received[0]["value"] if received else 0,
             "events_stored": sum(by_type.values()),
             "events_rejected": by_type.get("event_rejected", 0),
-            "last_seq": self.rows("SELECT max(seq) AS seq FROM _event")[0]["seq"] or 0,
+            "last_seq": self.last_seq(),
             "gaps": self.rows("SELECT first_seq, last_seq, found_at FROM _gap ORDER BY first_seq"),
             "by_type": by_type,
             "database": str(self.path),

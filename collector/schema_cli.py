@@ -58,8 +58,9 @@ It is JSON Schema 2020-12. `x-bitten` is optional, and so is each of its entries
 
 `bitten schemas check` says whether it is good and whether a change of it fits what is stored. A
 running bus takes a new file in at its first event: `bitten emit news_item headline=CPI`, or
-`emit("news_item", {"headline": "CPI"})` from `event_bus.event_bridge`. Add fields freely; for new
-rules on old fields make a new type.
+`emit("news_item", {"headline": "CPI"})` from `event_bus.event_bridge` (a process that ran already
+when the file came refuses the first such event, kept in `rejected_events`, and knows the type from
+then on). Add fields freely; for new rules on old fields make a new type.
 """
 
 
@@ -126,28 +127,33 @@ def show(settings: Settings, event_type: str | None, markdown: bool) -> None:
 
 @schemas.command("check")
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.pass_obj
-def check(settings: Settings, files: tuple[Path, ...]) -> None:
+def check(settings: Settings, files: tuple[Path, ...], as_json: bool) -> None:
     """Check schema files before the bus uses them (default: all of $BITTEN_HOME/schemas).
 
     Refuses what is no JSON Schema, what storage could not hold, and a change that would break
     events already stored. Exit code 2 if anything is refused.
     """
     paths = files or tuple(sorted(settings.schemas.glob("*.json")))
-    problems = 0
+    found: dict[str, str | None] = {}
     for path in paths:
         try:
             event_type = read_schema(path)
             check_schema(event_type)
             _check_against_stored(settings, event_type)
         except SchemaError as e:
-            problems += 1
-            click.echo(f"bitten: {e}", err=True)
+            found[str(path)] = str(e)
         else:
-            click.echo(f"{path}: good")
-    if not paths:
-        click.echo(f"no own event types in {settings.schemas}; the built-in ones are good")
-    sys.exit(2 if problems else 0)
+            found[str(path)] = None
+    if as_json:
+        print_json([{"file": file, "problem": problem} for file, problem in found.items()])
+    else:
+        for file, problem in found.items():
+            click.echo(f"bitten: {problem}" if problem else f"{file}: good", err=bool(problem))
+        if not found:
+            click.echo(f"no own event types in {settings.schemas}; the built-in ones are good")
+    sys.exit(2 if any(found.values()) else 0)
 
 
 def _check_against_stored(settings: Settings, event_type: EventType) -> None:

@@ -61,7 +61,7 @@ _ADD_COUNT = (
 _ADD_META = (
     "INSERT INTO _meta VALUES (?,?) ON CONFLICT DO UPDATE SET value = value + excluded.value"
 )
-_LAST_SEQ = (
+LAST_SEQ = (
     "SELECT max(coalesce((SELECT max(seq) FROM _event), 0),"
     " coalesce((SELECT max(last_seq) FROM _gap), 0))"
 )
@@ -143,7 +143,7 @@ class Store:
     @property
     def last_seq(self) -> int:
         """Everything up to here is stored or recorded as a gap; 0 at the beginning."""
-        return int(self._value(_LAST_SEQ))
+        return int(self._value(LAST_SEQ))
 
     def learn(self, registry: Registry) -> None:
         """Make tables and views for event types, and columns for properties, that are new.

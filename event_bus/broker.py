@@ -21,7 +21,7 @@ import zmq
 from event_bus import envelope, protocol
 from event_bus.adopt import SpoolAdopter
 from event_bus.envelope import Envelope
-from event_bus.errors import JournalError, JournalFull, OutOfTurn, StartError
+from event_bus.errors import JournalError, JournalFull, StartError
 from event_bus.event_schema import TOPIC_PREFIX, Registry
 from event_bus.intake import SOURCE, Committed, Intake, Receipt
 from event_bus.journal import DamagedBatch, Journal
@@ -33,6 +33,7 @@ from event_bus.version import __version__
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
+DRAIN_S = 5.0
 HEALTH_S = 30.0
 HOUSEKEEPING_S = 5.0
 MAX_GROUP_BYTES = 2 << 20
@@ -40,7 +41,10 @@ MAX_GROUP_MESSAGES = 512
 MAX_WAITING_FETCHES = 10_000
 MAX_CONSUMERS = 1_000
 MAX_WAIT_MS = 30_000
-MAX_REPLY_BYTES = 4 << 20
+MAX_REPLY_BYTES = 1 << 20
+MAX_UNREAD_REPLIES = 64
+"""Replies kept for a client that does not read them; with their size, a bound in bytes."""
+
 SUBSCRIBER_HIGH_WATER_MARK = 20_000
 
 _decode_fetch = msgspec.json.Decoder(FetchRequest).decode
@@ -114,6 +118,7 @@ class Broker:
             sock.sndhwm = SUBSCRIBER_HIGH_WATER_MARK
         else:
             sock.maxmsgsize = protocol.MAX_MESSAGE_BYTES
+            sock.sndhwm = MAX_UNREAD_REPLIES
         try:
             sock.bind(url)
         except zmq.ZMQError as e:
@@ -135,7 +140,9 @@ class Broker:
         try:
             while not self._stopping:
                 self._turn()
-            self._turn()  # what has arrived by now is still taken in and acknowledged
+            end = self._monotonic() + DRAIN_S
+            while self._ingress.poll(0) and self._monotonic() < end:
+                self._turn()  # what has arrived by now is still taken in and acknowledged
         finally:
             self.close()
 
@@ -213,10 +220,9 @@ class Broker:
                 return
 
     def _take(self, route: list[bytes], arguments: list[bytes]) -> None:
-        try:
-            self.intake.check_turn(arguments[0])
-        except OutOfTurn as e:
-            self._fail(route, "storage_full", str(e))
+        reason = self.intake.out_of_turn(arguments[0])
+        if reason is not None:
+            self._fail(route, "storage_full", reason)
             return
         report = arguments[1].decode("utf-8", "replace") if len(arguments) > 1 else None
         receipt = Receipt()

@@ -10,8 +10,7 @@ BittenError
 │   └── TrimmedRange   the events asked for are gone from the journal: too old, or damaged
 ├── StartError         a daemon cannot start: port, lock or directory is not to be had
 ├── JournalError       journal.db cannot be read or written
-│   ├── JournalFull    there is no space left for it; worth trying again
-│   └── OutOfTurn      older events of the same producer were refused and have to come first
+│   └── JournalFull    there is no space left for it; worth trying again
 └── DatabaseError      bitten_events.db is foreign, of another version or unusable
     ├── DatabaseMissing      nobody has made it yet
     └── DatabaseUnavailable  locked, or its disk is full; worth trying again
@@ -93,10 +92,6 @@ class JournalError(BittenError):
 
 
 class JournalFull(JournalError):
-    pass
-
-
-class OutOfTurn(JournalError):
     pass
 
 

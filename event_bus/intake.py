@@ -17,11 +17,12 @@ import msgspec
 
 from event_bus import envelope
 from event_bus.envelope import Envelope
-from event_bus.errors import JournalError, OutOfTurn, RejectedEvent
+from event_bus.errors import JournalError, RejectedEvent
 from event_bus.event_schema import Registry
 from event_bus.journal import Journal, Producer
 
 SOURCE = "event_bus"
+TURN_S = 10.0
 MAX_BATCH_LINES = 20_000
 MAX_REPORT_BYTES = 4_096
 _FIRST_ID = re.compile(rb'\{"event_id":"([0-9a-f]{20})-([1-9][0-9]{0,17})"')
@@ -69,7 +70,8 @@ class Intake:
         self._checks: dict[str, Callable[[Any], bool]] = {}
         self._safe_totals = Receipt()
         self._learn()
-        self._refused: dict[str, int] = {}  # producer's token to the first n refused
+        # A producer's token to the first n that was refused, and how long it has its turn.
+        self._refused: dict[str, tuple[int, float]] = {}
         self._clear()
         self.committed: list[Committed] = []
 
@@ -100,19 +102,21 @@ class Intake:
         self.totals.conflicts += receipt.conflicts
         return receipt
 
-    def check_turn(self, batch: bytes) -> None:
-        """Raise OutOfTurn for a batch that was on its way when an older one was refused.
+    def out_of_turn(self, batch: bytes) -> str | None:
+        """Why a batch must wait: it was on its way when an older one of its producer was refused.
 
-        Its producer sends both again; taken in now, the newer one would pass the older.
+        Both are sent again; taken in now, the newer would pass the older. An older one that does
+        not come within TURN_S is not waited for.
         """
         match = _FIRST_ID.match(batch) if self._refused else None
         if match is None:
-            return
+            return None
         token, first = match[1].decode(), int(match[2])
-        refused = self._refused.get(token)
-        if refused is not None and first > refused:
-            raise OutOfTurn(f"events of {token} from {refused} on have to come first")
+        refused, until = self._refused.get(token, (first, 0.0))
+        if first > refused and time.monotonic() < until:
+            return f"events of {token} from {refused} on have to come first"
         self._refused.pop(token, None)
+        return None
 
     def emit(self, event_type: str, data: dict[str, Any]) -> None:
         """Take in an event of the bus itself."""
@@ -149,10 +153,10 @@ class Intake:
 
     def forget(self) -> None:
         """Drop what is pending, and know of producers and counts what the last commit left."""
+        until = time.monotonic() + TURN_S
         for producer, first, _, _ in self._runs:
-            if producer.token != self._token:
-                earlier = self._refused.get(producer.token, first)
-                self._refused[producer.token] = min(earlier, first)
+            earlier, _ = self._refused.get(producer.token, (first, until))
+            self._refused[producer.token] = min(earlier, first), until
         self._clear()
         self.journal.reload_producers()
         self.totals = msgspec.structs.replace(self._safe_totals)
@@ -194,6 +198,8 @@ class Intake:
         if match is None:
             return False
         token, first = match[1], int(match[2])
+        if token == self._token:
+            return False
         last = first + len(events) - 1
         producer = self.journal.producers.get(token)
         if producer is not None and producer.last_n >= first:
@@ -237,6 +243,13 @@ class Intake:
         try:
             event = envelope.read(line)
             self._check(event)
+            if event.event_id.startswith(self._token):
+                raise RejectedEvent(
+                    "an id that begins with the bus's own token is the bus's alone",
+                    rule="event_id",
+                    path="event_id",
+                    value=event.event_id,
+                )
             canonical = envelope.encode(event)
             stored = self._stored_line(event)
             if stored is not None and stored not in (canonical, b""):

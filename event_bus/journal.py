@@ -184,6 +184,8 @@ class Journal:
                 db.execute("ROLLBACK")
             raise self._write_error(e) from e
         self.last_seq += count
+        for p, *_ in runs:
+            p.last_seen = received_at
         return first_seq
 
     def read(self, from_seq: int, max_bytes: int) -> list[Batch]:

@@ -85,7 +85,7 @@ class Settings:
         Raises SettingsError naming the flag, variable or file and what was expected.
         """
         environ = os.environ if environ is None else environ
-        home = _pick("home", flags, environ, {}, Path.home() / ".bitten")
+        home = _pick("home", flags, environ, {}, None) or _default_home()
         config = _config_file(home / "config.yaml")
         values = {
             f.name: _pick(f.name, flags, environ, config, f.default)
@@ -145,6 +145,13 @@ def _pick(
         return parse(value)
     except ValueError as e:
         raise SettingsError(f"{where} is {value!r}: {e}") from e
+
+
+def _default_home() -> Path:
+    try:
+        return Path.home() / ".bitten"
+    except RuntimeError as e:  # a user without an entry in passwd, as in containers
+        raise SettingsError("there is no home directory", hint="set BITTEN_HOME") from e
 
 
 def _config_file(path: Path) -> dict[str, Any]:

@@ -496,6 +496,19 @@ def test_full_disk_is_refused_aloud_and_the_bus_goes_on_when_there_is_room(
             system.close()
 
 
+def test_id_that_continues_the_buss_own_is_refused(bus: System) -> None:
+    client = Client(bus.settings.ingress_url)
+    reply = client.receive(client.send(protocol.FETCH, b'{"from_seq":1}'), 5.0)
+    (own,) = envelope.decode_lines(reply[1])
+    token = own.event_id.partition("-")[0]
+    for n in (2, 3):
+        refused = client.publish(line(f"{token}-{n}"))
+        assert refused["rejected"] == 1
+        assert "the bus's alone" in refused["refusals"][0]["reason"]
+    assert client.status()["last_seq"] == 3  # with the bus's own account of both
+    client.close()
+
+
 def test_what_was_on_its_way_does_not_pass_what_a_full_disk_refused(tmp_path: Path) -> None:
     token = new_producer()
     with small_disk(tmp_path / "disk", 4) as disk:

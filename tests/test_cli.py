@@ -7,6 +7,7 @@ import io
 import json
 import signal
 import sqlite3
+import time
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -86,6 +87,17 @@ def test_emitted_while_the_bus_is_away_is_stored_once_it_runs(system: System) ->
     ]
 
 
+def test_emit_into_a_home_that_cannot_be_written_says_that_the_event_is_lost(
+    system: System,
+) -> None:
+    system.home.mkdir()
+    system.settings.spool.write_text("a file where the directory should be")
+    done = system.bitten("emit", "market_data", TICK)
+    assert done.returncode == 4
+    assert "1 events are lost" in done.stderr
+    assert str(system.settings.spool) in done.stderr
+
+
 def test_tail_follows_live_events_of_a_pattern(bus: System) -> None:
     tail = bus.popen("-m", "event_bus", "tail", "user_*", "--count", "2", "--json")
     emitted = []
@@ -163,7 +175,10 @@ def test_audit_vouches_for_a_whole_system(filled: System) -> None:
     ledger = json.loads(filled.bitten("audit", "--json").stdout)
     assert ledger["published"] == ledger["stored"] == filled.stored()
     assert ledger["rejected"] == 1
-    assert sum(p["stored"] for p in ledger["producers"]) == ledger["stored"]
+    producers = ledger["producers"]
+    assert [p["published"] for p in producers] == [p["stored"] for p in producers]
+    assert sum(p["stored"] for p in producers) == ledger["stored"]
+    assert all(time.time() - p["last_seen"] < 60 for p in producers)
 
 
 def test_audit_names_what_is_missing(filled: System) -> None:

@@ -14,7 +14,7 @@ import msgspec
 
 from event_bus.bridge import Bridge
 from event_bus.cli.output import When, clock, print_json, printable
-from event_bus.errors import BusUnavailable, RejectedEvent
+from event_bus.errors import BusUnavailable, RejectedEvent, StartError
 from event_bus.event_schema import EventType
 from event_bus.protocol import Client
 from event_bus.settings import Settings
@@ -89,6 +89,12 @@ def emit(
             click.echo(event_id)
     else:
         click.echo(f"{len(accepted)} events, {len(bridge.refusals)} refused")
+    if stats["dropped"]:
+        raise StartError(
+            f"{stats['dropped']} events are lost: the event bus at {settings.ingress_url} does not"
+            f" answer, and {stats['last_error'] or 'there is no room for them'}",
+            hint=f"make {settings.home} writable, or set BITTEN_HOME",
+        )
     if not delivered:
         raise BusUnavailable(
             f"the event bus at {settings.ingress_url} does not answer;"
