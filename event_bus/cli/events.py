@@ -91,7 +91,7 @@ def emit(
         click.echo(f"{len(accepted)} events, {len(bridge.refusals)} refused")
     if stats["dropped"]:
         raise StartError(
-            f"{stats['dropped']} events are lost: the event bus at {settings.ingress_url} does not"
+            f"{min(stats['dropped'], len(accepted))} events are lost: the event bus at {settings.ingress_url} does not"
             f" answer, and {stats['last_error'] or 'there is no room for them'}",
             hint=f"make {settings.home} writable, or set BITTEN_HOME",
         )
