@@ -41,6 +41,8 @@ MAX_RAW_BYTES = 700 << 10
 CLOSE_TIMEOUT_S = 1.0
 """For what is on its way when the process ends. pm2 kills 1.6 s after it has asked to stop."""
 
+IMPORT_RETRY_S = 0.5
+
 BATCH_EVENTS = 2_000
 BATCH_BYTES = 512 << 10
 
@@ -179,8 +181,11 @@ class Bridge:
             raise RejectedEvent(
                 f"{event_type} is the bus's own", rule="event_type", path="event_type"
             )
-        with self.imports:
-            check: Callable[[Any], bool] = known.is_valid
+        try:
+            with self.imports:
+                check: Callable[[Any], bool] = known.is_valid
+        except (ImportError, OSError):  # no file descriptor is free; the broker checks as well
+            return lambda data: True
         self._checks[event_type] = check
         return check
 
@@ -297,20 +302,36 @@ class Bridge:
     def _start(self) -> str:
         """Start the delivery thread; why that was not possible, or empty."""
         thread = threading.Thread(target=self._deliver, name="bitten-bridge", daemon=True)
+        # A signal handler or a finalizer may emit, and get here, in the middle of either call.
+        if self._thread is not None:
+            return ""
+        self._thread = thread
         try:
             thread.start()
         except RuntimeError as e:  # no thread to be had, or the interpreter is going down
+            self._thread = None
             return f"events wait in memory: {e}"
-        self._thread = thread
         if "multiprocessing.util" in sys.modules:  # its children end without running atexit
             sys.modules["multiprocessing.util"].Finalize(None, self.close, exitpriority=0)
         return ""
 
     def _deliver(self) -> None:
-        with self.imports:  # 25 ms that no caller waits for
-            from event_bus.delivery import Delivery
-
-        Delivery(self).run()
+        try:
+            while self.closing_at is None:
+                try:
+                    with self.imports:  # 25 ms that no caller waits for
+                        from event_bus.delivery import Delivery
+                    break
+                except (ImportError, OSError) as e:  # no file descriptor is free
+                    self.last_error = str(e)
+                    self.warn("delivery", f"events wait in memory: {e}")
+                    self.news.acquire(timeout=IMPORT_RETRY_S)
+            else:
+                return
+            Delivery(self).run()
+        except BaseException:
+            self._thread = None  # the next event starts another one
+            raise
 
     def _wake(self) -> None:
         with contextlib.suppress(RuntimeError):  # released already: it is awake, or will be

@@ -35,6 +35,9 @@ CHECK_S = 0.005
 comes meanwhile goes out with the next answer."""
 
 AWAY_CHECK_S = 0.02
+SPARE_DESCRIPTORS = 16
+"""Free before a socket is made. libzmq needs about half, and aborts the process without them."""
+
 LOSS_REPORT_S = 1.0
 
 
@@ -55,6 +58,8 @@ class Delivery:
         self._outbox = bridge.outbox
         self._flights: deque[_Flight] = deque()
         self._requests = 0
+        self._context: zmq.Context[Any] | None = None
+        self._socket: zmq.Socket[Any] | None = None
         self._connected = False
         self._connect_s = CONNECT_S
         self._connect_again_at = 0.0
@@ -63,39 +68,51 @@ class Delivery:
 
     def run(self) -> None:
         """Deliver until the bridge closes; what cannot be delivered by then is in the spool."""
-        context: zmq.Context[Any] = zmq.Context()
-        self._connect(context)
         try:
             while not self._is_finished():
                 try:
-                    self._turn(context)
+                    self._turn()
                 except Exception as e:  # noqa: BLE001 - without this thread nothing is delivered
                     self._fail(f"{type(e).__name__}: {e}")
         finally:
-            self._socket.close()
-            context.destroy(linger=0)
+            self._recall()
+            if self._context is not None:
+                self._context.destroy(linger=0)
 
-    def _turn(self, context: zmq.Context[Any]) -> None:
+    def _turn(self) -> None:
         self._wait()
         self._receive()
-        self._check_connection(context)
+        self._check_connection()
         if self._connected and self._bridge.loss and time.monotonic() >= self._loss_report_at:
             self._loss_report_at = time.monotonic() + LOSS_REPORT_S
             self._bridge.report_loss()
         self._send()
         self._spill_if_needed()
 
-    def _connect(self, context: zmq.Context[Any]) -> None:
-        self._socket = context.socket(zmq.DEALER)
-        self._socket.linger = 0
-        self._socket.immediate = True  # queue for a broker that is there, not for the next one
-        self._socket.reconnect_ivl = -1
-        self._socket.connect(self._bridge.settings.ingress_url)
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
+    def _connect(self) -> None:
+        """Begin a connection; without the means for one the broker counts as away."""
         self._connected = False
         self._connect_again_at = time.monotonic() + self._connect_s
         self._connect_s = min(2 * self._connect_s, MAX_CONNECT_S)
+        if self._socket is not None:
+            old, self._socket = self._socket, None
+            old.close()
+        if not _descriptors_are_free():
+            self._cannot_connect("too few file descriptors are free")
+            return
+        try:
+            self._context = self._context or zmq.Context()
+            self._socket = self._context.socket(zmq.DEALER)
+            self._socket.linger = 0
+            self._socket.immediate = True  # queue for a broker that is there, not for the next one
+            self._socket.reconnect_ivl = -1
+            self._socket.connect(self._bridge.settings.ingress_url)
+        except zmq.ZMQError as e:
+            self._cannot_connect(str(e))
+
+    def _cannot_connect(self, problem: str) -> None:
+        self._bridge.last_error = problem
+        self._bridge.warn("connect", f"events wait: {problem}")
 
     def _wants_to_send(self) -> bool:
         spool = self._outbox.spool
@@ -119,8 +136,12 @@ class Delivery:
             due.append(now + CHECK_S)
         else:
             due += [self._connect_again_at, now + AWAY_CHECK_S]
-        self._poller.modify(self._socket, zmq.POLLIN | (zmq.POLLOUT if wants else 0))
-        self._poller.poll(max(0, int((min(due) - now) * 1000) + 1))
+        timeout_s = max(0.0, min(due) - now)
+        if self._socket is None:
+            bridge.news.acquire(timeout=timeout_s)
+        else:
+            events = zmq.POLLIN | (zmq.POLLOUT if wants else 0)
+            self._socket.poll(int(timeout_s * 1000) + 1, events)
 
     def _wait_for_news(self, timeout_s: float | None) -> None:
         bridge = self._bridge
@@ -130,7 +151,7 @@ class Delivery:
         bridge.idle = False
 
     def _receive(self) -> None:
-        while True:
+        while self._socket is not None:
             try:
                 verb, request_id, body, *_ = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -163,13 +184,13 @@ class Delivery:
         self._recall()
         self._retry_at = time.monotonic() + RETRY_S
 
-    def _check_connection(self, context: zmq.Context[Any]) -> None:
+    def _check_connection(self) -> None:
         """Begin again on a new connection when the old one is gone or nothing is answered on it."""
         now = time.monotonic()
         if self._flights and now - self._progress_at > ACK_TIMEOUT_S:
             self._bridge.last_error = f"no acknowledgement within {ACK_TIMEOUT_S:g} s"
             self._away_since = now - SPILL_AFTER_S
-        elif self._socket.get(zmq.EVENTS) & zmq.POLLOUT:
+        elif self._socket is not None and self._socket.poll(0, zmq.POLLOUT):
             self._connected = self._bridge.connected = True
             self._connect_s = CONNECT_S
             self._away_since = None
@@ -181,8 +202,7 @@ class Delivery:
         self._bridge.connected = False
         if self._connected or now >= self._connect_again_at:
             self._recall()
-            self._socket.close()
-            self._connect(context)
+            self._connect()
 
     def _recall(self) -> None:
         """Take back what was sent and not acknowledged, to be sent again in the same order."""
@@ -193,7 +213,7 @@ class Delivery:
                 self._outbox.put_back(flight.lines)
 
     def _send(self) -> None:
-        while self._connected and self._wants_to_send():
+        while self._socket is not None and self._connected and self._wants_to_send():
             lines: list[bytes] | None = None
             if self._outbox.spool:
                 try:
@@ -258,3 +278,16 @@ class Delivery:
             return False
         self._recall()
         return True
+
+
+def _descriptors_are_free() -> bool:
+    taken: list[int] = []
+    try:
+        while len(taken) < SPARE_DESCRIPTORS:
+            taken += os.pipe()
+    except OSError:
+        return False
+    finally:
+        for fd in taken:
+            os.close(fd)
+    return True

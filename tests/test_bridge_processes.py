@@ -377,3 +377,72 @@ def test_source_is_the_scripts_name_or_pm2s(system: System, tmp_path: Path) -> N
     assert system.script(show).stdout == "python\n"
     assert system.script(show, env={"pm_id": "1", "name": "feed"}).stdout == "feed\n"
     assert system.script(show, env={"BITTEN_SOURCE": "given"}).stdout == "given\n"
+
+
+FEW_DESCRIPTORS = """
+import os, resource, sys, time
+from event_bus import event_bridge as b
+free, when = int(sys.argv[1]), sys.argv[2]
+def emit(numbers):
+    for n in numbers: assert b.user_action({'action': 'n', 'n': n, 'process': 'parent'})
+def wait(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, b.stats()
+        time.sleep(0.01)
+if when == 'later':
+    emit(range(10))
+    assert b.flush(5)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+taken = []
+try:
+    while True: taken.append(os.dup(2))
+except OSError: pass
+for _ in range(free): os.close(taken.pop())
+if when == 'later':
+    print('ready', flush=True)
+    os.read(0, 1)  # until the bus is killed
+    emit(range(10, 20))
+else:
+    emit(range(20))
+wait(lambda: b.stats()['last_error'])
+emit(range(20, 30))
+if when != 'never': [os.close(fd) for fd in taken]
+if when == 'later': print('go on', flush=True)
+if when != 'never': assert b.flush(10), b.stats()
+if when == 'never': print(b.stats()['acked'])
+"""
+
+
+@pytest.mark.parametrize("free", [0, 1, 3, 6, 9, 12])
+def test_events_wait_while_few_file_descriptors_are_free(bus: System, free: int) -> None:
+    done = bus.script(FEW_DESCRIPTORS, str(free), "at first")
+    assert done.returncode == 0, done
+    assert numbers_by_process(wait_delivered(bus)) == {"parent": list(range(30))}
+
+
+def test_process_that_never_has_enough_file_descriptors_ends_with_its_events_on_disk(
+    bus: System,
+) -> None:
+    done = bus.script(FEW_DESCRIPTORS, "12", "never")
+    assert (done.returncode, done.stdout) == (0, "0\n"), done
+    assert numbers_by_process(wait_delivered(bus)) == {"parent": list(range(30))}
+
+
+@pytest.mark.parametrize("free", [0, 2, 4])
+def test_connection_lost_while_no_file_descriptor_is_free_comes_back(
+    bus: System, free: int
+) -> None:
+    script = bus.popen("-c", FEW_DESCRIPTORS, str(free), "later", stdin=subprocess.PIPE)
+    assert script.stdin is not None
+    assert script.stdout is not None
+    assert script.stdout.readline() == "ready\n"
+    bus.processes[0].kill()
+    bus.processes[0].wait()
+    script.stdin.write("x")
+    script.stdin.close()
+    lines = iter(script.stdout.readline, "")
+    assert "go on\n" in lines
+    bus.start_bus()
+    assert script.wait(15) == 0, script.stdout.read()
+    assert numbers_by_process(wait_delivered(bus)) == {"parent": list(range(30))}
