@@ -90,6 +90,8 @@ class Bridge:
         self.outbox = Outbox(self.settings, self.token)
         self.lock = self.outbox.lock
         self.imports = threading.RLock()
+        self.learning = threading.RLock()
+        self.unknown_type = False
         self.idle = False
         # What the idle delivery thread waits for. A lock and not a pipe: a write lets go of the
         # interpreter, and the caller then waits for the thread's whole turn (40 µs, not 6).
@@ -111,8 +113,10 @@ class Bridge:
 
     def _before_fork(self) -> None:
         self.imports.acquire()
+        self.learning.acquire()
 
     def _after_fork_in_parent(self) -> None:
+        self.learning.release()
         self.imports.release()
 
     def _after_fork_in_child(self) -> None:
@@ -176,13 +180,15 @@ class Bridge:
     def _learn(self, event_type: str) -> Callable[[Any], bool]:
         if not isinstance(event_type, str):
             raise RejectedEvent("event_type is no string", rule="type", path="event_type")
+        if event_type not in self.registry.types:
+            self.unknown_type = True  # its schema may be new: the delivery thread looks
         known = self.registry.get(event_type)
         if known.storage.live_only or event_type in _OWN_TYPES:
             raise RejectedEvent(
                 f"{event_type} is the bus's own", rule="event_type", path="event_type"
             )
         try:
-            with self.imports:
+            with self.learning:
                 check: Callable[[Any], bool] = known.is_valid
         except (ImportError, OSError):  # no file descriptor is free; the broker checks as well
             return lambda data: True

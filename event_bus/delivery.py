@@ -39,6 +39,7 @@ SPARE_DESCRIPTORS = 16
 """Free before a socket is made. libzmq needs about half, and aborts the process without them."""
 
 LOSS_REPORT_S = 1.0
+REFRESH_S = 1.0
 
 
 class _Flight(msgspec.Struct):
@@ -64,7 +65,7 @@ class Delivery:
         self._connect_s = CONNECT_S
         self._connect_again_at = 0.0
         self._away_since: float | None = None
-        self._progress_at = self._retry_at = self._loss_report_at = 0.0
+        self._progress_at = self._retry_at = self._loss_report_at = self._refresh_at = 0.0
 
     def run(self) -> None:
         """Deliver until the bridge closes; what cannot be delivered by then is in the spool."""
@@ -81,6 +82,10 @@ class Delivery:
 
     def _turn(self) -> None:
         self._wait()
+        if self._bridge.unknown_type and time.monotonic() >= self._refresh_at:
+            self._refresh_at = time.monotonic() + REFRESH_S
+            self._bridge.unknown_type = False
+            self._bridge.registry.refresh()
         self._receive()
         self._check_connection()
         if self._connected and self._bridge.loss and time.monotonic() >= self._loss_report_at:
@@ -126,6 +131,8 @@ class Delivery:
         due = [self._loss_report_at] if bridge.loss and self._connected else []
         if self._retry_at > now:
             due.append(self._retry_at)
+        if bridge.unknown_type:
+            due.append(self._refresh_at)
         if bridge.closing_at is not None:
             due += [bridge.closing_at, now + CHECK_S]
         wants = self._wants_to_send()

@@ -496,6 +496,66 @@ def test_first_event_loads_nothing_slow_in_the_callers_thread(tmp_path: Path) ->
     assert done.stdout.split("\n")[:2] == ["[]", "['jsonschema_rs']"], done
 
 
+def test_second_event_type_does_not_wait_for_the_delivery_threads_imports(
+    bridge: QueueOnly,
+) -> None:
+    importing, done = threading.Event(), threading.Event()
+
+    def imports() -> None:
+        with bridge.imports:
+            importing.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=imports)
+    thread.start()
+    importing.wait(10)
+    emitting = threading.Thread(target=bridge.emit, args=("market_data", TICK))
+    emitting.start()
+    emitting.join(2)
+    waits = emitting.is_alive()
+    done.set()
+    thread.join()
+    emitting.join()
+    assert not waits
+
+
+def test_event_emitted_in_the_middle_of_the_threads_start_starts_no_second_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bridge = Bridge(Settings(home=tmp_path, ingress_url=f"tcp://127.0.0.1:{free_port()}"))
+    start = threading.Thread.start
+    started: list[str] = []
+
+    def interrupted_start(thread: threading.Thread) -> None:
+        if thread.name == "bitten-bridge":
+            started.append(thread.name)
+            if len(started) == 1:
+                bridge.emit("market_data", TICK)  # as a signal handler does
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted_start)
+    bridge.emit("market_data", TICK)
+    bridge.close()
+    assert started == ["bitten-bridge"]
+
+
+def test_thread_that_could_not_be_started_is_started_by_the_next_event(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bridge = Bridge(Settings(home=tmp_path, ingress_url=f"tcp://127.0.0.1:{free_port()}"))
+
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        assert bridge.emit("market_data", TICK)
+    assert bridge.emit("market_data", TICK)
+    wait_until(lambda: bridge.stats()["spooled"] == 2, "both are on disk")
+    bridge.close()
+    bridge.outbox.spool.release()
+
+
 def test_call_costs_microseconds(bridge: QueueOnly) -> None:
     bridge.emit("market_data", TICK)
     times = []

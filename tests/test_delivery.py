@@ -354,6 +354,19 @@ def test_events_refused_by_the_bus_alone_are_counted(
     assert [e.event_type for e in journalled(system)].count("event_rejected") == 1
 
 
+def test_own_type_added_while_the_process_runs_is_known_soon_after_its_first_event(
+    bus: System, make_bridge: MakeBridge
+) -> None:
+    bridge = make_bridge()
+    assert bridge.emit("my_event", {"a": 1}) is None
+    assert bridge.flush(5)
+    (bus.home / "schemas").mkdir()
+    (bus.home / "schemas" / "my_event.json").write_text('{"type":"object"}')
+    wait_until(lambda: bridge.emit("my_event", {"a": 2}), "the type is known")
+    assert bridge.flush(5)
+    assert [e.data for e in journalled(bus) if e.event_type == "my_event"] == [{"a": 2}]
+
+
 IDLE = """
 import resource, sys, time
 from event_bus import event_bridge as b
