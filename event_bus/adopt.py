@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 from pathlib import Path
 
 from event_bus.intake import Intake
+from event_bus.spool import open_locked
 
 log = logging.getLogger(__name__)
 
@@ -40,24 +40,17 @@ class SpoolAdopter:
             if path in self._left:
                 continue
             try:
-                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            except FileNotFoundError:
-                continue  # delivered meanwhile
+                fd = open_locked(path)
+            except (FileNotFoundError, BlockingIOError):
+                continue  # delivered meanwhile, or its process is alive and delivers it
             except OSError as e:
                 self._leave(path, e)
                 continue
-            try:
-                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Its process may have removed it just now, and begun another of the same name.
-                held = os.path.samestat(os.fstat(fd), path.stat())
-            except OSError:
-                held = False  # its process is alive and delivers it
-            if held and os.fstat(fd).st_size:
+            if os.fstat(fd).st_size:
                 log.info("adopting %s", path)
                 self._fd, self._path, self._offset, self._fed = fd, path, 0, 0
                 return
-            if held:
-                path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             os.close(fd)
 
     def feed(self, intake: Intake, max_bytes: int) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import os
-import time
 from pathlib import Path
 
-_LOCK_TRIES = 100
+_COPY_BYTES = 1 << 20
 
 
 class Spool:
-    """A first-in first-out file of lines at `path`, at most `max_bytes` long.
+    """A first-in first-out file of lines at `path`, at most `max_bytes` of them not delivered.
 
-    Made with the first line and removed with the last. The owner holds its lock, so that the
+    Made with the first line and removed with the last; in between, the space of delivered lines
+    is given back each time they come to half of `max_bytes`. The owner holds its lock, so that the
     broker knows which files are orphans. Not safe for two threads. Raises OSError.
     """
 
@@ -35,10 +37,10 @@ class Spool:
 
     def append(self, body: bytes, events: int, *, over_limit: bool = False) -> bool:
         """Add whole lines; False, with nothing written, if they do not fit."""
-        if self._size + len(body) > self.max_bytes and not over_limit:
+        if self._size - self._delivered + len(body) > self.max_bytes and not over_limit:
             return False
         if self._fd < 0:
-            self._fd = _open_locked(self.path)
+            self._fd = self._make()
         written = 0
         try:
             while written < len(body):
@@ -73,6 +75,34 @@ class Spool:
         if self._delivered == self._size:
             self.path.unlink(missing_ok=True)
             self.release()
+        elif 2 * self._delivered > self.max_bytes:
+            with contextlib.suppress(OSError):  # no room for a copy yet
+                self._give_space_back()
+
+    def _give_space_back(self) -> None:
+        """Go on in a new file that holds only what is not delivered."""
+        fd = self._make()
+        os.close(self._fd)
+        self._fd = fd
+        self._size -= self._delivered
+        self._read -= self._delivered
+        self._delivered = 0
+
+    def _make(self) -> int:
+        """A file of what is not delivered, locked before it has the name the broker looks for."""
+        new = self.path.with_suffix(".new")
+        fd = open_locked(new, os.O_CREAT | os.O_TRUNC)
+        try:
+            for offset in range(self._delivered, self._size, _COPY_BYTES):
+                chunk = os.pread(self._fd, min(_COPY_BYTES, self._size - offset), offset)
+                if os.pwrite(fd, chunk, offset - self._delivered) < len(chunk):
+                    raise OSError(errno.ENOSPC, "short write", str(new))
+            os.replace(new, self.path)
+        except OSError:
+            new.unlink(missing_ok=True)
+            os.close(fd)
+            raise
+        return fd
 
     def rewind(self) -> None:
         """What was read but not delivered will be read again."""
@@ -86,15 +116,18 @@ class Spool:
         self._size = self._read = self._delivered = self.events = 0
 
 
-def _open_locked(path: Path) -> int:
-    for _ in range(_LOCK_TRIES):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), path.stat()):
-                return fd
-        except OSError:
-            # The broker took the new file for an orphan, and removes it; it needs a moment.
-            time.sleep(0.001)
+def open_locked(path: Path, flags: int = 0) -> int:
+    """A descriptor of the file at `path`, locked until it and its copies in children are closed.
+
+    Raises BlockingIOError if somebody holds it, FileNotFoundError if it is gone, and OSError. Not
+    a POSIX record lock: that one goes as soon as this process closes the file a second time.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(fd), path.stat()):
+            raise FileNotFoundError(errno.ENOENT, "replaced meanwhile", str(path))
+    except OSError:
         os.close(fd)
-    raise OSError(f"cannot lock {path}")
+        raise
+    return fd

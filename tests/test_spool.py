@@ -83,6 +83,58 @@ def test_limit_refuses_without_writing(tmp_path: Path) -> None:
     spool.release()
 
 
+def test_limit_counts_only_what_is_not_delivered_yet(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "a.ndjson", 40)
+    waiting: list[bytes] = []
+    for n in range(100):
+        line = b"line %03d\n" % n
+        assert spool.append(line, 1)
+        waiting.append(line)
+        if len(waiting) == 4:
+            assert spool.read(10) == waiting[0]
+            spool.delivered(len(waiting.pop(0)), 1)
+        assert spool.path.stat().st_size <= 60
+    assert not spool.append(b"x" * 20, 1)
+    spool.rewind()
+    assert spool.read(100) == b"".join(waiting)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.ndjson"]
+    adopter = SpoolAdopter(tmp_path)
+    adopter.look()
+    assert not adopter.pending
+    spool.release()
+
+
+def test_what_was_read_ahead_is_still_where_it_was_when_space_is_given_back(
+    tmp_path: Path,
+) -> None:
+    spool = Spool(tmp_path / "a.ndjson", 40)
+    assert spool.append(b"".join(b"line %03d\n" % n for n in range(4)), 4)
+    assert spool.read(30) == b"line 000\nline 001\nline 002\n"
+    spool.delivered(27, 3)
+    assert spool.path.stat().st_size == 9
+    assert spool.append(b"line 004\n", 1)
+    assert spool.read(30) == b"line 003\nline 004\n"
+    spool.delivered(18, 2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_file_read_by_its_own_process_stays_locked(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "a.ndjson", 1_000)
+    spool.append(b"one\n", 1)
+    assert spool.path.read_bytes() == b"one\n"
+    own, other = SpoolAdopter(tmp_path), SpoolAdopter(tmp_path)
+    own.look()
+    other_process = (
+        "import sys, pathlib\nfrom event_bus.adopt import SpoolAdopter\n"
+        "a = SpoolAdopter(pathlib.Path(sys.argv[1])); a.look(); print(a.pending)"
+    )
+    done = System(tmp_path / "home").script(other_process, str(tmp_path))
+    assert (own.pending, done.stdout) == (False, "False\n")
+    spool.release()
+    other.look()
+    assert other.pending
+
+
 def test_file_that_somebody_cut_is_noticed(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "a.ndjson", 1_000)
     spool.append(b"one\ntwo\n", 2)
@@ -174,26 +226,26 @@ def test_file_that_its_process_replaced_during_adoption_is_left_alone(
 ) -> None:
     path = tmp_path / "a.ndjson"
     path.write_bytes(b"delivered\n")
-    lock = fcntl.lockf
+    lock = fcntl.flock
 
     def lock_too_late(fd: int, operation: int) -> None:
         path.unlink()
         path.write_bytes(b"new\n")
         lock(fd, operation)
 
-    monkeypatch.setattr(fcntl, "lockf", lock_too_late)
+    monkeypatch.setattr(fcntl, "flock", lock_too_late)
     adopter = SpoolAdopter(tmp_path)
     adopter.look()
     assert not adopter.pending
     assert path.read_bytes() == b"new\n"
 
 
-def test_file_that_cannot_be_locked_is_an_error_and_not_an_endless_loop(
+def test_file_that_cannot_be_locked_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_locks(fd: int, operation: int) -> None:
         raise OSError("no locks available")
 
-    monkeypatch.setattr(fcntl, "lockf", no_locks)
-    with pytest.raises(OSError, match="cannot lock"):
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(OSError, match="no locks available"):
         Spool(tmp_path / "a.ndjson", 1_000).append(b"x\n", 1)
