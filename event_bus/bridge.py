@@ -69,11 +69,11 @@ class Bridge:
     After `close` every event goes straight to the spool: handlers that run at exit may emit.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, own_types: bool = True) -> None:
         self.settings = settings
         self.source = printable(settings.source or "python")[:255]
         self.enabled = settings.enabled
-        self.registry = Registry(settings.schemas)
+        self.registry = Registry(settings.schemas if own_types else None)
         self._checks: dict[str, Callable[[Any], bool]] = {}
         self._encode = msgspec.json.Encoder(decimal_format="number").encode
         self._last_logged: dict[Any, float] = {}

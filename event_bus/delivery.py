@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -63,7 +64,7 @@ class Delivery:
         self._socket: zmq.Socket[Any] | None = None
         self._connected = False
         self._connect_s = CONNECT_S
-        self._connect_again_at = 0.0
+        self._connect_again_at = self._connected_by = 0.0
         self._away_since: float | None = None
         self._progress_at = self._retry_at = self._loss_report_at = self._refresh_at = 0.0
 
@@ -97,6 +98,7 @@ class Delivery:
     def _connect(self) -> None:
         """Begin a connection; without the means for one the broker counts as away."""
         self._connected = False
+        self._connected_by = time.monotonic() + AWAY_CHECK_S
         self._connect_again_at = time.monotonic() + self._connect_s
         self._connect_s = min(2 * self._connect_s, MAX_CONNECT_S)
         if self._socket is not None:
@@ -137,12 +139,17 @@ class Delivery:
             due += [bridge.closing_at, now + CHECK_S]
         wants = self._wants_to_send()
         if not wants and not self._flights:
-            self._wait_for_news(min(due) - now if due else None)
+            self._wait_for_news(min(due) - now if due else None, self._wants_to_send)
             return
         if self._flights or self._connected:
             due.append(now + CHECK_S)
         else:
-            due += [self._connect_again_at, now + AWAY_CHECK_S]
+            due.append(self._connect_again_at)
+            if not self._outbox.lines and now >= self._connected_by:
+                # All is on disk: nothing to do before the next try, unless more comes.
+                self._wait_for_news(min(due) - now, lambda: self._outbox.lines)
+                now = time.monotonic()
+            due.append(now + AWAY_CHECK_S)
         timeout_s = max(0.0, min(due) - now)
         if self._socket is None:
             bridge.news.acquire(timeout=timeout_s)
@@ -150,10 +157,10 @@ class Delivery:
             events = zmq.POLLIN | (zmq.POLLOUT if wants else 0)
             self._socket.poll(int(timeout_s * 1000) + 1, events)
 
-    def _wait_for_news(self, timeout_s: float | None) -> None:
+    def _wait_for_news(self, timeout_s: float | None, have_some: Callable[[], Any]) -> None:
         bridge = self._bridge
         bridge.idle = True
-        if not self._wants_to_send():  # or an event came before it could see us idle
+        if not have_some():  # or an event came before it could see us idle
             bridge.news.acquire(timeout=-1 if timeout_s is None else max(0.0, timeout_s))
         bridge.idle = False
 

@@ -97,7 +97,7 @@ class Spool:
                 chunk = os.pread(self._fd, min(_COPY_BYTES, self._size - offset), offset)
                 if os.pwrite(fd, chunk, offset - self._delivered) < len(chunk):
                     raise OSError(errno.ENOSPC, "short write", str(new))
-            os.replace(new, self.path)
+            new.replace(self.path)
         except OSError:
             new.unlink(missing_ok=True)
             os.close(fd)

@@ -27,7 +27,7 @@ def process_bridge() -> Bridge:
         return Bridge(settings)
     except Exception as e:  # noqa: BLE001 - an import must not fail; own schemas are what may
         log.error("%s: %s; the bridge goes on without it", settings.schemas, e)
-        return Bridge(dataclasses.replace(settings, home=settings.home / "unusable"))
+        return Bridge(settings, own_types=False)
 
 
 def _usable_settings() -> Settings:

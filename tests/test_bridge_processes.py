@@ -344,6 +344,17 @@ def test_home_that_cannot_exist_does_not_fail_a_call(bus: System, home: str) -> 
     assert done.stdout == "True True\n", done
 
 
+def test_own_schema_that_breaks_the_registry_leaves_the_spool_where_the_bus_looks(
+    system: System,
+) -> None:
+    (system.home / "schemas").mkdir(parents=True)
+    deep = '{"type":"object","properties":' + '{"a":' * 100_000 + "1" + "}" * 100_001
+    (system.home / "schemas" / "deep.json").write_text(deep)
+    done = system.script("from event_bus import event_bridge as b\nb.user_action({'action': 'a'})")
+    assert "goes on without it" in done.stderr
+    assert len(list(system.settings.spool.glob("*.ndjson"))) == 1
+
+
 def test_user_without_a_home_directory_can_emit(bus: System) -> None:
     environ = {k: v for k, v in bus.environ.items() if k not in ("HOME", "BITTEN_HOME")}
     code = (
