@@ -90,9 +90,10 @@ def emit(
     else:
         click.echo(f"{len(accepted)} events, {len(bridge.refusals)} refused")
     if stats["dropped"]:
+        lost = min(stats["dropped"], len(accepted))
         raise StartError(
-            f"{min(stats['dropped'], len(accepted))} events are lost: the event bus at {settings.ingress_url} does not"
-            f" answer, and {stats['last_error'] or 'there is no room for them'}",
+            f"{lost} events are lost: the event bus at {settings.ingress_url} does not answer,"
+            f" and {stats['last_error'] or 'there is no room for them'}",
             hint=f"make {settings.home} writable, or set BITTEN_HOME",
         )
     if not delivered:
