@@ -41,7 +41,9 @@ def collect(settings: Settings) -> None:
 @click.option("--user-id", help="Of this user only.")
 @click.option("--correlation-id", help="Under this correlation id only.")
 @click.option("--symbol", help="On this symbol only.")
-@click.option("--limit", default=50, show_default=True, type=click.IntRange(min=1), help="At most.")
+@click.option(
+    "--limit", default=50, show_default=True, type=click.IntRange(1, 10_000_000), help="At most."
+)
 @click.option("--json", "form", flag_value="json", help="One JSON object a line.")
 @click.option("--csv", "form", flag_value="csv", help="CSV with a header.")
 @click.pass_obj

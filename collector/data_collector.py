@@ -146,6 +146,8 @@ class DataCollector:
             self._collect(client, store, registry)
 
     def _collect(self, client: Client, store: Store, registry: Registry) -> None:
+        if not self._meet_bus(client):
+            return
         cursor = Cursor(next_seq=store.last_seq + 1, consumer=CONSUMER, wait_ms=POLL_MS)
         request = client.send(protocol.FETCH, cursor.request())
         alarm_at = 0.0
@@ -176,6 +178,31 @@ class DataCollector:
                 if stored is None:
                     return
                 self.stored += stored
+
+    def _meet_bus(self, client: Client) -> bool:
+        """Wait for the bus; False if stopped first. Raises StartError if it is another home's."""
+        alarm_at = 0.0
+        while not self._stop.is_set():
+            try:
+                home = Path(client.status(PATIENCE_S)["home"])
+            except InterruptedError:
+                break
+            except BusUnavailable as e:
+                if time.monotonic() >= alarm_at:
+                    log.warning("%s", e)
+                    alarm_at = time.monotonic() + ALARM_S
+                continue
+            if home.resolve() != self._settings.home.resolve():
+                raise StartError(
+                    f"the bus at {self._settings.ingress_url} keeps its files in {home}, this"
+                    f" collector in {self._settings.home}",
+                    hint="set BITTEN_HOME to the bus's, or BITTEN_INGRESS_URL and"
+                    " BITTEN_EVENTS_URL to ports of this home's own bus",
+                )
+            if alarm_at:
+                log.info("the event bus answers again")
+            return True
+        return False
 
     def _receive(self, client: Client, request: bytes, cursor: Cursor, store: Store) -> list[Batch]:
         """The next batches. Raises DatabaseError if they do not belong into this database."""

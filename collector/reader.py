@@ -27,6 +27,7 @@ class Reader:
             self.db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
             self.db.set_busy_timeout(BUSY_TIMEOUT_MS)
             blank = is_blank(self.db)
+            made = self.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'events'").fetchone()
         except apsw.Error as e:
             raise DatabaseError(
                 f"cannot read {path}: {e}", hint="check its owner and rights"
@@ -34,6 +35,8 @@ class Reader:
         if blank:
             raise self._nothing()
         check_version(self.db, path)
+        if made is None:  # the collector is about to
+            raise self._nothing()
 
     def _nothing(self) -> DatabaseMissing:
         return DatabaseMissing(

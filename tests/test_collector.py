@@ -393,6 +393,18 @@ def test_own_type_that_cannot_be_used_is_named_and_disturbs_nothing(bus: System)
     assert bus.sql("SELECT count(*) FROM market_data") == [(3,)]
 
 
+def test_collector_refuses_the_bus_of_another_home(bus: System, tmp_path: Path) -> None:
+    other = System(tmp_path / "other")
+    other.environ["BITTEN_INGRESS_URL"] = bus.environ["BITTEN_INGRESS_URL"]
+    done = other.bitten("collect")
+    assert done.returncode == 4
+    assert f"keeps its files in {bus.home}" in done.stderr
+    assert other.stored() == 0
+    status = bus.status()
+    assert status is not None
+    assert not status["consumers"]
+
+
 def test_stop_is_prompt_while_the_bus_is_away(system: System) -> None:
     collector = system.start_collector()
     said(collector, "no answer from the event bus")

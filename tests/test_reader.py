@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from test_store import JOURNAL, REGISTRY, by_program, event, tick, write
 
 from collector import DataCollector
 from collector.store import Store
-from event_bus.errors import DatabaseError
+from event_bus.errors import DatabaseError, DatabaseMissing
 from event_bus.subscriber import Batch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -196,3 +198,12 @@ def test_data_collector_is_there_under_the_names_of_the_handbook(
         check=False,
     )
     assert (done.stdout, done.stderr) == ("6\n", "")
+
+
+def test_database_that_is_being_made_is_not_there_yet(tmp_path: Path) -> None:
+    path = tmp_path / "events.db"
+    Store(path, REGISTRY).close()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("DROP VIEW events")  # the last that a new database gets
+    with pytest.raises(DatabaseMissing, match="no database at"):
+        DataCollector(path).get_stats()

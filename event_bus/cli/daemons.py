@@ -50,7 +50,8 @@ def up(settings: Settings) -> None:
 
     \b
     bitten up
-    bitten --home /tmp/try up        a bus to play with
+    BITTEN_HOME=/tmp/try BITTEN_EVENTS_URL=tcp://127.0.0.1:6570 \\
+        BITTEN_INGRESS_URL=tcp://127.0.0.1:6571 bitten up       a second one, to play with
     """
     settings.make_home()
     click.echo(f"bitten: home {settings.home}, database {settings.db}; Ctrl-C stops", err=True)
