@@ -31,6 +31,10 @@ SPILL_AFTER_S = 0.25
 RETRY_S = 0.5
 CONNECT_S = 0.25
 MAX_CONNECT_S = 1.0
+SPILL_EVENTS = 50_000
+SPILL_BYTES = 8 << 20
+"""In one write: with a busy caller, each costs the interpreter's switch interval several times."""
+
 CHECK_S = 0.005
 """A look at connection and memory while something is on its way. Nobody wakes the thread then: what
 comes meanwhile goes out with the next answer."""
@@ -275,7 +279,9 @@ class Delivery:
     def _spill(self) -> None:
         if any(f.lines is not None for f in self._flights):  # they are older than the rest
             self._recall()
-        problem = self._outbox.spill(BATCH_EVENTS, BATCH_BYTES)
+        problem = self._outbox.spill(SPILL_EVENTS, SPILL_BYTES)
+        if problem:  # what does not fit whole may fit in part
+            problem = self._outbox.spill(BATCH_EVENTS, BATCH_BYTES)
         if problem:
             self._bridge.last_error = problem
             self._bridge.warn("spill", f"events wait in memory: {problem}")
