@@ -29,13 +29,11 @@ from event_bus.event_schema import Registry
 from event_bus.lock import FileLock
 from event_bus.protocol import Client
 from event_bus.settings import Settings
-from event_bus.subscriber import Batch, Cursor
+from event_bus.subscriber import PATIENCE_S, POLL_MS, Batch, Cursor
 
 log = logging.getLogger(__name__)
 
 CONSUMER = "data_collector"
-POLL_MS = 1_000
-PATIENCE_S = POLL_MS / 1000 + 2.0
 """When an answer is later than this, the bus is away and is asked again on a new connection."""
 
 RETRY_S = 1.0

@@ -322,14 +322,8 @@ class Intake:
         self.emit("event_rejected", rejection(line, error, event))
 
 
-def rejection(
-    raw: bytes,
-    error: RejectedEvent,
-    event: Envelope | None = None,
-    *,
-    max_raw_bytes: int | None = None,
-) -> dict[str, Any]:
-    """Data of an `event_rejected`: the raw bytes, cut at `max_raw_bytes`, and the reason."""
+def rejection(raw: bytes, error: RejectedEvent, event: Envelope | None = None) -> dict[str, Any]:
+    """Data of an `event_rejected`: the raw bytes and the reason."""
     fields = {
         "reason": str(error),
         "rule": error.rule,
@@ -341,6 +335,6 @@ def rejection(
     }
     return {
         **{name: value for name, value in fields.items() if value},
-        "raw": base64.b64encode(raw[:max_raw_bytes]).decode(),
+        "raw": base64.b64encode(raw).decode(),
         "raw_bytes": len(raw),
     }
