@@ -9,6 +9,7 @@ import apsw
 import msgspec
 
 from collector.reader import Reader
+from event_bus import database
 from event_bus.errors import BusUnavailable, DatabaseError
 from event_bus.protocol import Client
 from event_bus.settings import Settings
@@ -124,7 +125,7 @@ def _journal_status(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise DatabaseError(f"there is no journal at {path} yet", hint="start the bus: `bitten up`")
     try:
-        db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+        db = database.connect(path, database.READ_ONLY)
         last = _value(db, "SELECT max(first_seq + count - 1) FROM batch")
         trimmed = _value(db, "SELECT value FROM meta WHERE key = 'trimmed_seq'")
         producers = [

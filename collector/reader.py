@@ -11,9 +11,8 @@ import msgspec
 
 from collector.relations import Relation
 from collector.store import LAST_SEQ, check_version, is_blank
+from event_bus import database
 from event_bus.errors import DatabaseError, DatabaseMissing
-
-BUSY_TIMEOUT_MS = 5_000
 
 
 class Reader:
@@ -24,8 +23,7 @@ class Reader:
         if not path.exists():
             raise self._nothing()
         try:
-            self.db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
-            self.db.set_busy_timeout(BUSY_TIMEOUT_MS)
+            self.db = database.connect(path, database.READ_ONLY)
             blank = is_blank(self.db)
             made = self.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'events'").fetchone()
         except apsw.Error as e:

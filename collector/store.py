@@ -22,6 +22,7 @@ import msgspec
 
 from collector.columns import rows
 from collector.relations import Relation, events_view_sql
+from event_bus import database
 from event_bus.envelope import Envelope
 from event_bus.errors import DatabaseError, DatabaseUnavailable, SchemaError
 from event_bus.event_schema import EventType, Registry
@@ -111,7 +112,7 @@ class Store:
                 hint="make its directory writable, or set BITTEN_DB to a file elsewhere",
             ) from e
         with self._errors("open"):
-            self._db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
+            self._db = database.connect(path, busy_timeout_ms=BUSY_TIMEOUT_MS)
         self._names = Names(self._db)
         self._relations: dict[str, Relation] = {}
         try:
@@ -123,7 +124,6 @@ class Store:
             raise
 
     def _prepare(self) -> None:
-        self._db.set_busy_timeout(BUSY_TIMEOUT_MS)
         new = is_blank(self._db)
         if not new:
             check_version(self._db, self.path)

@@ -19,6 +19,7 @@ from typing import Any
 import apsw
 import msgspec
 
+from event_bus import database
 from event_bus.errors import JournalError, JournalFull
 
 APPLICATION_ID = 0x4249544A  # "BITJ"
@@ -85,8 +86,7 @@ class Journal:
         self.path = path
         try:
             path.touch(0o600)  # the WAL beside it takes over these rights
-            self._db = apsw.Connection(str(path))
-            self._db.set_busy_timeout(5_000)
+            self._db = database.connect(path)
             # By what it holds, not by its size: a start may have died while creating it.
             if self._row("SELECT count(*) FROM sqlite_master")[0] == 0:
                 self._create()
