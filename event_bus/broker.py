@@ -18,13 +18,14 @@ import msgspec
 import psutil
 import zmq
 
-from event_bus import envelope, protocol
+from event_bus import protocol
 from event_bus.adopt import SpoolAdopter
 from event_bus.envelope import Envelope
 from event_bus.errors import JournalError, JournalFull, StartError
-from event_bus.event_schema import TOPIC_PREFIX, Registry
-from event_bus.intake import SOURCE, Committed, Intake, Receipt
+from event_bus.event_schema import Registry
+from event_bus.intake import SOURCE, Intake, Receipt
 from event_bus.journal import DamagedBatch, Journal
+from event_bus.live import LiveEvents
 from event_bus.lock import FileLock
 from event_bus.protocol import BatchHead, ErrorReply, FetchReply, FetchRequest
 from event_bus.settings import Settings
@@ -103,8 +104,7 @@ class Broker:
         self._started = monotonic()
         self._process = psutil.Process()
         self._process.cpu_percent()
-        self._subscriptions: set[bytes] = set()
-        self._wanted: dict[str, bool] = {}
+        self._live = LiveEvents(self._events, self.registry)
         self._receipts: list[tuple[list[bytes], Receipt]] = []
         self._waiting: dict[tuple[bytes, ...], _Waiting] = {}
         self._held_by: str | None = None
@@ -160,7 +160,7 @@ class Broker:
         if self._wake_receive.fileno() in ready:
             self._wake_receive.recv(4096)
         if self._events in ready:
-            self._take_subscriptions()
+            self._live.take_subscriptions()
         try:
             if self._ingress in ready:
                 self._drain()
@@ -174,7 +174,7 @@ class Broker:
             if self.intake.committed:
                 self._storage_full_since = None
         for committed in self.intake.committed:
-            self._publish(committed)
+            self._live.publish(committed)
         self.intake.committed.clear()
         for route, receipt in self._receipts:
             self._reply(route, protocol.ACK, _encode(receipt))
@@ -337,44 +337,6 @@ class Broker:
             self._storage_full_since = self._clock()
             log.error("refusing events: %s", error)
 
-    # Publishing
-
-    def _take_subscriptions(self) -> None:
-        while True:
-            try:
-                message = self._events.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            if message[:1] == b"\1":
-                self._subscriptions.add(message[1:])
-            elif message[:1] == b"\0":
-                self._subscriptions.discard(message[1:])
-        self._wanted.clear()
-
-    def _is_wanted(self, topic: str) -> bool:
-        wanted = self._wanted.get(topic)
-        if wanted is None:
-            encoded = topic.encode()
-            wanted = any(encoded.startswith(s) for s in self._subscriptions)
-            if len(self._wanted) > 10_000:
-                self._wanted.clear()
-            self._wanted[topic] = wanted
-        return wanted
-
-    def _publish(self, committed: Committed) -> None:
-        if not self._subscriptions:
-            return
-        send = self._events.send_multipart
-        received_at = b'"received_at":%s}' % _encode(committed.received_at)
-        seq = committed.first_seq
-        for body in committed.bodies:
-            for line in body.split(b"\n")[:-1]:
-                event = envelope.decode(line)
-                topic = self.registry.types[event.event_type].topic(event.data)
-                if self._is_wanted(topic):
-                    send([topic.encode(), b'%s,"seq":%d,%s' % (line[:-1], seq, received_at)])
-                seq += 1
-
     # Timers
 
     def _run_timers(self) -> None:
@@ -413,8 +375,7 @@ class Broker:
             source=SOURCE,
             data=data,
         )
-        topic = TOPIC_PREFIX + "heartbeat"
-        self._events.send_multipart([topic.encode(), envelope.encode(event)])
+        self._live.publish_heartbeat(event)
 
     def _emit_health(self) -> None:
         self.intake.emit(
@@ -476,7 +437,7 @@ class Broker:
             "memory_bytes": self._process.memory_info().rss,
             "journal_bytes": self.journal.size_bytes(),
             "journal_held_by": self._held_by,
-            "subscriptions": sorted(s.decode("utf-8", "replace") for s in self._subscriptions),
+            "subscriptions": self._live.subscriptions,
             "consumers": {
                 name: {"next_seq": seq, "lag": self._lag(seq), "last_seen": seen}
                 for name, (seq, seen) in self._consumers.items()
