@@ -20,6 +20,7 @@ import zmq
 
 from event_bus import protocol
 from event_bus.adopt import SpoolAdopter
+from event_bus.consumers import MAX_CONSUMERS, Consumer, Consumers
 from event_bus.envelope import Envelope
 from event_bus.errors import JournalError, JournalFull, StartError
 from event_bus.event_schema import Registry
@@ -40,7 +41,6 @@ HOUSEKEEPING_S = 5.0
 MAX_GROUP_BYTES = 2 << 20
 MAX_GROUP_MESSAGES = 512
 MAX_WAITING_FETCHES = 10_000
-MAX_CONSUMERS = 1_000
 MAX_WAIT_MS = 30_000
 MAX_REPLY_BYTES = 1 << 20
 MAX_UNREAD_REPLIES = 64
@@ -87,8 +87,7 @@ class Broker:
         self.journal = Journal(settings.journal)
         self.intake = Intake(self.journal, self.registry, clock)
         self._adopter = SpoolAdopter(settings.spool)
-        self._consumers = self.journal.consumers()
-        self._saved_consumers = dict(self._consumers)
+        self._consumers = Consumers(self.journal)
         self._context: zmq.Context[Any] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 65_000)
         self._ingress = self._bind(zmq.ROUTER, settings.ingress_url, "ingress_url")
@@ -260,11 +259,13 @@ class Broker:
             )
             return
         if request.consumer:
-            if len(self._consumers) >= MAX_CONSUMERS and request.consumer not in self._consumers:
+            if self._consumers.is_full_for(request.consumer):
                 self._fail(route, "busy", f"there are {MAX_CONSUMERS} durable consumers already")
                 return
             stored_seq = from_seq if request.stored_seq is None else request.stored_seq
-            self._consumers[request.consumer] = (min(stored_seq, from_seq), self._clock())
+            self._consumers[request.consumer] = Consumer(
+                min(stored_seq, from_seq), self._clock(), request.problem
+            )
         waiting = _Waiting(
             route,
             from_seq,
@@ -281,9 +282,7 @@ class Broker:
     def _forget(self, route: list[bytes], name: bytes) -> None:
         """A durable consumer will not come back: the journal is not kept for it any more."""
         consumer = name.decode("utf-8", "replace")
-        known = self._consumers.pop(consumer, None) is not None
-        self.journal.save_consumers(self._consumers)
-        self._saved_consumers = dict(self._consumers)
+        known = self._consumers.forget(consumer)
         self._reply(route, protocol.FORGOTTEN, _encode({"consumer": consumer, "known": known}))
 
     def _serve_waiting(self) -> None:
@@ -366,7 +365,7 @@ class Broker:
             "uptime": round(self._monotonic() - self._started, 3),
             "memory_usage": round(self._process.memory_info().rss / 1e6, 1),
             "cpu_usage": self._process.cpu_percent(),
-            "consumers": {name: self._lag(seq) for name, (seq, _) in self._consumers.items()},
+            "consumers": {n: self._consumers.lag(c) for n, c in self._consumers.items()},
         }
         event = Envelope(
             event_id=f"{self.journal.journal_id}-{self.journal.epoch}-{self._clock():.3f}",
@@ -390,17 +389,13 @@ class Broker:
 
     def _housekeeping(self) -> None:
         """Save cursors, and trim the journal by age and size but not past a durable consumer."""
-        if self._consumers != self._saved_consumers:
-            self.journal.save_consumers(self._consumers)
-            self._saved_consumers = dict(self._consumers)
+        self._consumers.save()
         self.intake.commit()  # trimming reloads what it knows of producers
         before = self.journal.seq_to_trim(
             older_than=self._clock() - self.settings.journal_max_age_s,
             max_bytes=self.settings.journal_max_bytes,
         )
-        stored, name = min(
-            ((seq, name) for name, (seq, _) in self._consumers.items()), default=(before, "")
-        )
+        stored, name = self._consumers.slowest() or (before, "")
         held_by = name if stored < before else None
         if held_by and held_by != self._held_by:
             log.warning(
@@ -411,9 +406,6 @@ class Broker:
         self._held_by = held_by
         if self.journal.trim(min(before, stored)):
             self._housekeeping_due = self._monotonic()
-
-    def _lag(self, next_seq: int) -> int:
-        return max(0, self.journal.last_seq + 1 - next_seq)
 
     def status(self) -> dict[str, Any]:
         """The answer to a status request; docs/protocol.md lists the fields."""
@@ -438,10 +430,7 @@ class Broker:
             "journal_bytes": self.journal.size_bytes(),
             "journal_held_by": self._held_by,
             "subscriptions": self._live.subscriptions,
-            "consumers": {
-                name: {"next_seq": seq, "lag": self._lag(seq), "last_seen": seen}
-                for name, (seq, seen) in self._consumers.items()
-            },
+            "consumers": self._consumers.status(),
             "schema_problems": [str(p) for p in self.registry.problems],
             "producers": [
                 {

@@ -35,7 +35,8 @@ class FetchRequest(msgspec.Struct, omit_defaults=True, kw_only=True):
 
     With neither, from the end: only what comes after this request. The answer waits up to
     `wait_ms` for the first event. `consumer` names a durable consumer, which has stored
-    everything before `stored_seq` (default: before `from_seq`).
+    everything before `stored_seq` (default: before `from_seq`), and `problem` says what keeps it
+    from storing more.
     """
 
     from_seq: Annotated[int, Meta(ge=0)] | None = None
@@ -44,6 +45,7 @@ class FetchRequest(msgspec.Struct, omit_defaults=True, kw_only=True):
     wait_ms: int = 0
     consumer: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
     stored_seq: Annotated[int, Meta(ge=0)] | None = None
+    problem: Annotated[str, Meta(max_length=500)] = ""
 
 
 class BatchHead(msgspec.Struct, frozen=True, array_like=True):
