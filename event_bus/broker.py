@@ -418,6 +418,7 @@ class Broker:
             "ingress_url": self.ingress_url,
             "journal_id": self.journal.journal_id,
             "epoch": self.journal.epoch,
+            "origin_seq": self.journal.origin_seq,
             "first_seq": self.journal.first_seq,
             "last_seq": self.journal.last_seq,
             "uptime_s": round(self._monotonic() - self._started, 3),

@@ -98,6 +98,8 @@ class Journal:
                 self._db.execute("UPDATE meta SET value = value + 1 WHERE key = 'epoch'")
             self.journal_id: str = self._meta("journal_id")
             self.epoch: int = self._meta("epoch")
+            self.origin_seq: int = self._meta("origin_seq", 1)  # 0.1.0 did not write it
+            """The first seq that this journal ever had; above 1 if it follows a lost one."""
             last = self._row(
                 "SELECT first_seq + count - 1 FROM batch ORDER BY first_seq DESC LIMIT 1"
             )
@@ -121,7 +123,12 @@ class Journal:
             self._db.execute(f"PRAGMA user_version={VERSION}")
             self._db.executemany(
                 "INSERT INTO meta VALUES (?, ?)",
-                [("journal_id", secrets.token_hex(8)), ("epoch", 0), ("trimmed_seq", 0)],
+                [
+                    ("journal_id", secrets.token_hex(8)),
+                    ("epoch", 0),
+                    ("trimmed_seq", 0),
+                    ("origin_seq", 1),
+                ],
             )
 
     def _check_version(self) -> None:
@@ -337,8 +344,9 @@ class Journal:
         self._next_producer = max((p.id for p in producers.values()), default=0) + 1
         return producers
 
-    def _meta(self, key: str) -> Any:
-        return self._row("SELECT value FROM meta WHERE key = ?", key)[0]
+    def _meta(self, key: str, default: Any = None) -> Any:
+        row = self._row("SELECT value FROM meta WHERE key = ?", key)
+        return default if row is None else row[0]
 
     def _row(self, sql: str, *values: Any) -> Any:
         try:

@@ -73,6 +73,14 @@ def test_seq_epoch_and_identity_go_on_after_a_restart_even_with_nothing_left(
     again.close()
 
 
+def test_journal_begins_at_1_and_so_does_one_that_does_not_say(journal: Journal) -> None:
+    assert journal.origin_seq == 1
+    journal._db.execute("DELETE FROM meta WHERE key = 'origin_seq'")
+    again = reopened(journal)
+    assert again.origin_seq == 1
+    again.close()
+
+
 def test_damaged_batch_is_found_out_and_the_others_are_served(journal: Journal) -> None:
     for text in ("ab", "cd", "ef"):
         append(journal, text)
