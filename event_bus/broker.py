@@ -31,6 +31,7 @@ from event_bus.lock import FileLock
 from event_bus.protocol import BatchHead, ErrorReply, FetchReply, FetchRequest
 from event_bus.settings import Settings
 from event_bus.version import __version__
+from event_bus.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ class Broker:
         self._poller = zmq.Poller()
         for source in (self._ingress, self._events, self._wake_receive):
             self._poller.register(source, zmq.POLLIN)
+        self._watchdog = Watchdog("the event bus")
         self._stopping = False
         self._started = monotonic()
         self._process = psutil.Process()
@@ -137,13 +139,17 @@ class Broker:
     def run(self) -> None:
         """Serve until `stop`. Raises JournalError when the journal cannot be trusted any more."""
         try:
-            while not self._stopping:
-                self._turn()
-            end = self._monotonic() + DRAIN_S
-            while self._ingress.poll(0) and self._monotonic() < end:
-                self._turn()  # what has arrived by now is still taken in and acknowledged
+            with self._watchdog:
+                self._serve()
         finally:
             self.close()
+
+    def _serve(self) -> None:
+        while not self._stopping:
+            self._turn()
+        end = self._monotonic() + DRAIN_S
+        while self._ingress.poll(0) and self._monotonic() < end:
+            self._turn()  # what has arrived by now is still taken in and acknowledged
 
     def close(self) -> None:
         """Release sockets, journal and lock, in this order; a second call does nothing."""
@@ -342,6 +348,7 @@ class Broker:
         now = self._monotonic()
         if now >= self._heartbeat_due:
             self._heartbeat_due = now + HEARTBEAT_S
+            self._watchdog.alive()
             self._adopter.look()
             self._heartbeat()
         if now >= self._health_due:

@@ -1,0 +1,62 @@
+"""The watchdog ends a process that is stuck, and no other."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+
+import pytest
+from conftest import System, wait_until
+
+STUCK = """
+import logging, threading
+from event_bus.watchdog import Watchdog
+logging.basicConfig()
+def where_it_hangs():
+    threading.Event().wait()
+with Watchdog("the loop", tick_s=0.02) as dog:
+    dog.alive()
+    where_it_hangs()
+"""
+
+LIVELY = """
+import sys, threading
+from event_bus.watchdog import Watchdog
+with Watchdog("the loop", tick_s=0.25, max_silent_ticks=4) as dog:
+    while True:
+        dog.alive()
+        print("alive", flush=True)
+        threading.Event().wait(0.01)
+"""
+
+
+def test_stuck_process_is_ended_and_every_stack_printed(system: System) -> None:
+    done = system.script(STUCK)
+    assert done.returncode == 70
+    assert "the loop has been stuck for 0.12 s" in done.stderr
+    assert "in where_it_hangs" in done.stderr
+
+
+def test_process_that_was_stopped_for_longer_goes_on(system: System) -> None:
+    process = system.popen("-c", LIVELY)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "alive\n"
+    process.send_signal(signal.SIGSTOP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(2.0)  # eight ticks of a clock
+    process.send_signal(signal.SIGCONT)
+    seen = 0
+
+    def goes_on() -> bool:
+        nonlocal seen
+        assert process.stdout is not None
+        seen += process.stdout.readline() == "alive\n"
+        return seen > 300
+
+    wait_until(goes_on, "signs of life after SIGCONT")
+    assert process.poll() is None
+
+
+def test_process_that_ends_by_itself_is_left_alone(system: System) -> None:
+    done = system.script("from event_bus.watchdog import Watchdog\nwith Watchdog('x'): pass")
+    assert (done.returncode, done.stderr) == (0, "")
