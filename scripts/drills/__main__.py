@@ -1,0 +1,97 @@
+"""Runs fault drills and prints what held; see docs/drills.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import kills  # noqa: F401 - each theme puts its drills into the table
+from harness import DRILLS, Drill, Result, run, unmet
+
+SEED = 1
+COLUMNS = ("published", "acked", "stored", "waiting", "killed", "dropped", "duplicates", "holes")
+
+
+def main() -> int:
+    arguments = _arguments()
+    chosen = DRILLS if "all" in arguments.name else _chosen(arguments.name)
+    if not chosen:
+        _print_list()
+        return 0
+    print(f"seed {arguments.seed}", file=sys.stderr)
+    results = []
+    for one in chosen:
+        planted = f", with the plant: {one.plant}" if arguments.plant else ""
+        print(f"row {one.row} {one.name}: {one.fault}{planted} …", file=sys.stderr, flush=True)
+        results.append(
+            run(
+                one,
+                seed=arguments.seed,
+                short=arguments.short,
+                length=arguments.length,
+                planted=arguments.plant,
+            )
+        )
+    _print_table(results)
+    if arguments.json:
+        arguments.json.write_text(
+            json.dumps({"seed": arguments.seed, "drills": [asdict(r) for r in results]}, indent=1)
+        )
+    return int(any(r.result == "BROKEN" for r in results))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts/drill",
+        description="Inject faults into a bus under load and check that nothing is lost.",
+        epilog="Examples: scripts/drill; scripts/drill --short all; scripts/drill sigkill"
+        " --seed 7 --length 0.1; scripts/drill --plant --short sigkill",
+    )
+    parser.add_argument("name", nargs="*", help="a drill, or `all`; without one they are listed")
+    parser.add_argument("--seed", type=int, default=SEED, help="of all that is random")
+    parser.add_argument("--short", action="store_true", help="the quick form, as in CI")
+    parser.add_argument("--length", type=float, default=1.0, help="times the usual length")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    parser.add_argument(
+        "--plant", action="store_true", help="with the drill's planted fault: it must break"
+    )
+    return parser.parse_args()
+
+
+def _chosen(names: list[str]) -> list[Drill]:
+    known = {d.name: d for d in DRILLS}
+    unknown = [n for n in names if n not in known]
+    if unknown:
+        raise SystemExit(f"scripts/drill: no drill {unknown[0]}; known are {', '.join(known)}")
+    return [known[n] for n in names]
+
+
+def _print_list() -> None:
+    for one in DRILLS:
+        missing = unmet(one.needs)
+        print(f"{one.row:3} {one.name:22} {one.fault} ({one.long})")
+        print(f"{'':26} plant: {one.plant}{f'; not here: {missing}' if missing else ''}")
+
+
+def _print_table(results: list[Result]) -> None:
+    print(f"{'row':>3} {'drill':22} {'result':8} {'s':>6} ", end="")
+    print(*(f"{c:>10}" for c in COLUMNS), "slowest call ms")
+    for r in results:
+        figures = r.figures
+        print(f"{r.row:3} {r.drill:22} {r.result:8} {r.seconds:6.1f} ", end="")
+        if figures:
+            print(*(f"{figures[c]:10}" for c in COLUMNS), end="")
+            print(f" {figures['slowest_call_ms']:.1f}, {figures['slowest_blocked_ms']:.1f}", end="")
+            print(" with a CPU at hand", end="")
+        print(f"  {r.reason}" if r.reason else "")
+        if r.notes:
+            print(" " * 26, "; ".join(f"{name} {value}" for name, value in r.notes.items()))
+        for text in r.breaches:
+            print(" " * 26, f"BROKEN: {text}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Faults that a drill plants into a daemon's own process, by replacing parts of the product.
+
+Loaded by inject/sitecustomize.py, before the daemon's first line. Each function here is a fault;
+its name (with `-` for `_`) is what DRILL_FAULT says.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+
+def arm(fault: str) -> None:
+    name, _, argument = fault.partition(":")
+    FAULTS[name](argument)
+
+
+def _program() -> str:
+    """`bus`, `collect`, `up` or the script's name: what this process is going to be."""
+    return sys.orig_argv[-1]
+
+
+def ack_before_fsync(_: str) -> None:
+    """The broker acknowledges at once and commits twice a second."""
+    if _program() != "bus":
+        return
+    from event_bus.intake import Intake
+
+    commit = Intake.commit
+    last = [0.0]
+
+    def late(self: Any) -> None:
+        if time.monotonic() - last[0] > 0.5:
+            last[0] = time.monotonic()
+            commit(self)
+
+    Intake.commit = late  # type: ignore[method-assign]
+
+
+def one_event_dropped(_: str) -> None:
+    """The collector leaves out one event of its tenth batch."""
+    if _program() != "collect":
+        return
+    from collector.store import Store
+
+    write = Store._write_events
+    batches = [0]
+
+    def forgetful(self: Any, first_seq: int, received_at: float, events: list[Any]) -> None:
+        batches[0] += 1
+        write(self, first_seq, received_at, events)
+        if batches[0] == 10:
+            self._db.execute("DELETE FROM _event WHERE seq = ?", (first_seq,))
+
+    Store._write_events = forgetful  # type: ignore[method-assign]
+
+
+FAULTS = {
+    "ack-before-fsync": ack_before_fsync,
+    "one-event-dropped": one_event_dropped,
+}
