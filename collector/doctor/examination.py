@@ -1,0 +1,108 @@
+"""The list of checks, and how they are run: side by side, each for itself, within a few seconds."""
+
+from __future__ import annotations
+
+import shlex
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from collector.doctor import bus, versions
+from collector.doctor.context import Check, Context
+from collector.doctor.finding import LEVELS, CannotTell, Finding, Level
+from event_bus.errors import BittenError
+from event_bus.protocol import Client
+from event_bus.settings import Settings
+
+LIMIT_S = 4.0
+STATUS_TIMEOUT_S = 1.0
+
+CHECKS: dict[str, Check] = {
+    "bus": bus.answers,
+    "ports": bus.ports,
+    "bus-problems": bus.problems,
+    "sqlite": versions.sqlite,
+    "zeromq": versions.zeromq,
+    "python": versions.python,
+}
+
+
+def examine(
+    settings: Settings, *, clock: Callable[[], float] = time.time, limit_s: float = LIMIT_S
+) -> list[Finding]:
+    """All findings about this home and this machine, faults first."""
+    context = Context(
+        settings=settings,
+        bitten=_command(settings),
+        now=clock(),
+        status=_status(settings),
+        deadline=time.monotonic() + limit_s,
+    )
+    return run(CHECKS, context)
+
+
+def run(checks: Mapping[str, Check], context: Context) -> list[Finding]:
+    """What the checks find. One that raises, or is not done in time, is a finding of its own."""
+    done: dict[str, list[Finding]] = {}
+
+    def look(name: str, check: Check) -> None:
+        try:
+            found = list(check(context))
+        except CannotTell as e:
+            found = [_of_check("skipped", str(e))]
+        except Exception as e:  # noqa: BLE001 - one broken check must not hide the others
+            found = [_of_check("warning", f"this check failed: {type(e).__name__}: {e}")]
+        done[name] = [replace(f, check=name) for f in found]
+
+    # Daemons: one that hangs in a dead file system must not keep us from ending.
+    threads = [
+        threading.Thread(target=look, args=item, daemon=True, name=f"check {item[0]}")
+        for item in checks.items()
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, context.deadline - time.monotonic()))
+    late = _of_check("warning", "this check was not done in time")
+    findings = [f for name in checks for f in done.get(name, [replace(late, check=name)])]
+    return sorted(findings, key=lambda f: LEVELS.index(f.level))
+
+
+def _of_check(level: Level, what: str) -> Finding:
+    if level == "skipped":
+        return Finding(level=level, what=what)
+    return Finding(
+        level=level,
+        what=what,
+        why="something it looks at does not answer, or looks as nobody expected",
+        remedy="look again; if it stays, the disk or this check is at fault",
+        command="bitten doctor --all",
+    )
+
+
+def _status(settings: Settings) -> dict[str, Any] | None:
+    try:
+        client = Client(settings.ingress_url)
+    except BittenError:
+        return None
+    try:
+        return client.status(STATUS_TIMEOUT_S)
+    except BittenError:
+        return None
+    finally:
+        client.close()
+
+
+def _command(settings: Settings) -> str:
+    """`bitten`, with what it takes to mean these settings in the user's shell."""
+    plain = Settings.load()
+    flags = [
+        f"--{name.replace('_', '-')} {shlex.quote(str(getattr(settings, name)))}"
+        for name in ("home", "db", "events_url", "ingress_url")
+        if getattr(settings, name) != getattr(plain, name)
+    ]
+    if settings.home != plain.home and settings.db == settings.home / "bitten_events.db":
+        flags = [f for f in flags if not f.startswith("--db ")]
+    return " ".join(["bitten", *flags])

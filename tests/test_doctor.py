@@ -1,0 +1,229 @@
+"""`bitten doctor` on the bus, and how checks are run: each trouble made for real, then seen."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import System, wait_until
+
+from collector.doctor import versions
+from collector.doctor.context import Context
+from collector.doctor.examination import CHECKS, examine, run
+from collector.doctor.finding import Finding, ok
+from event_bus.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+
+MACHINE = {"clock", "memory", "sqlite", "python", "pm2", "disk"}
+"""Checks of the machine that the tests happen to run on."""
+
+
+def findings(system: System, check: str = "") -> list[Finding]:
+    """What the doctor does not like, of one check if it is given."""
+    return [
+        f
+        for f in examine(system.settings)
+        if f.level in ("fault", "warning") and check in ("", f.check)
+    ]
+
+
+def only(system: System, check: str) -> Finding:
+    (finding,) = findings(system, check)
+    assert finding.why
+    assert finding.remedy
+    assert finding.command
+    return finding
+
+
+@pytest.fixture
+def running(system: System) -> System:
+    """Bus and collector with an event stored."""
+    system.start_bus()
+    system.start_collector()
+    assert system.bitten("emit", "user_action", "action=x").returncode == 0
+    system.wait_stored()
+    return system
+
+
+def test_healthy_system_is_well(running: System) -> None:
+    assert [f for f in findings(running) if f.check not in MACHINE] == []
+    done = running.bitten("doctor", "--all", "--json")
+    levels = {f["check"]: f["level"] for f in json.loads(done.stdout)}
+    assert set(levels) == set(CHECKS)
+    assert levels["bus"] == "ok"
+
+
+def test_home_that_does_not_exist_is_told_how_to_begin(system: System) -> None:
+    done = system.bitten("doctor")
+    assert done.returncode == 1
+    assert f"fault    bus: there is nothing in {system.home} yet" in done.stdout
+    assert "$    bitten up" in done.stdout
+    assert not system.home.exists()
+
+
+def test_flags_are_in_the_command_to_copy(system: System) -> None:
+    home = system.home.with_name("another home")
+    done = system.bitten("--home", str(home), "doctor")
+    assert f"$    bitten --home '{home}' up" in done.stdout
+
+
+def test_bus_that_was_killed_is_missed(system: System) -> None:
+    system.start_bus().kill()
+    wait_until(lambda: only(system, "bus").what == "the bus is not running", "it is missed")
+
+
+def test_bus_that_is_stopped_is_named_with_the_signal_that_continues_it(bus: System) -> None:
+    (process,) = bus.processes
+    process.send_signal(signal.SIGSTOP)
+    finding = only(bus, "bus")
+    assert finding.what.startswith(f"the bus is stopped: process {process.pid}")
+    assert finding.command == f"kill -CONT {process.pid}"
+
+
+def test_bus_that_listens_elsewhere_does_not_answer_here(bus: System) -> None:
+    bus.environ["BITTEN_INGRESS_URL"] = "tcp://127.0.0.1:1"
+    (process,) = bus.processes
+    finding = only(bus, "bus")
+    assert f"process {process.pid}" in finding.what
+    assert "does not answer at tcp://127.0.0.1:1" in finding.what
+
+
+@pytest.mark.parametrize(
+    ("setting", "check"), [("BITTEN_INGRESS_URL", "bus"), ("BITTEN_EVENTS_URL", "ports")]
+)
+def test_port_that_is_taken_is_named_with_its_owner(
+    setting: str, check: str, system: System
+) -> None:
+    port = int(system.environ[setting].rpartition(":")[2])
+    taker = system.popen(
+        "-c",
+        "import socket, sys, time; s = socket.create_server(('127.0.0.1', int(sys.argv[1])));"
+        " print(flush=True); time.sleep(60)",
+        str(port),
+    )
+    assert taker.stdout is not None
+    taker.stdout.readline()
+    finding = only(system, check)
+    assert f"taken by process {taker.pid} (python" in finding.what
+    assert str(port) in finding.command
+
+
+def test_bus_of_another_home_is_told_apart(bus: System) -> None:
+    bus.environ["BITTEN_HOME"] = str(bus.home.with_name("other"))
+    finding = only(bus, "bus")
+    assert finding.command == f"export BITTEN_HOME={bus.home}"
+
+
+def test_subscribers_that_listen_elsewhere_are_told_where_events_are(bus: System) -> None:
+    right = bus.environ["BITTEN_EVENTS_URL"]
+    bus.environ["BITTEN_EVENTS_URL"] = "tcp://127.0.0.1:1"
+    assert only(bus, "ports").command == f"export BITTEN_EVENTS_URL={right}"
+
+
+def test_bus_older_than_what_is_installed_is_to_be_restarted(system: System) -> None:
+    system.popen(
+        "-c",
+        "from event_bus import broker; broker.__version__ = '0.0.9';"
+        "from event_bus.settings import Settings; broker.Broker(Settings.load()).run()",
+    )
+    wait_until(system.status, "the bus answers")
+    assert "0.0.9" in only(system, "bus").what
+
+
+def context(tmp_path: Path, limit_s: float = 5.0) -> Context:
+    settings = Settings.load(environ={"BITTEN_HOME": str(tmp_path)})
+    return Context(
+        settings=settings,
+        bitten="bitten",
+        now=time.time(),
+        status=None,
+        deadline=time.monotonic() + limit_s,
+    )
+
+
+def test_check_that_raises_is_a_finding_and_ends_nothing(tmp_path: Path) -> None:
+    def broken(context: Context) -> Iterator[Finding]:
+        yield ok("so far")
+        raise ZeroDivisionError("by zero")
+
+    def fine(context: Context) -> Iterator[Finding]:
+        yield ok("fine")
+
+    found = {f.check: f for f in run({"broken": broken, "fine": fine}, context(tmp_path))}
+    assert found["broken"].level == "warning"
+    assert "ZeroDivisionError: by zero" in found["broken"].what
+    assert found["fine"].what == "fine"
+
+
+def test_check_that_hangs_is_a_finding_and_holds_up_nothing(tmp_path: Path) -> None:
+    receiving, sending = socket.socketpair()
+
+    def hanging(context: Context) -> Iterator[Finding]:
+        receiving.recv(1)
+        yield ok("late")
+
+    with receiving, sending:
+        (finding,) = run({"hanging": hanging}, context(tmp_path, limit_s=0.2))
+        sending.send(b"x")
+    assert (finding.check, finding.level) == ("hanging", "warning")
+    assert "not done in time" in finding.what
+
+
+def test_faults_come_first(tmp_path: Path) -> None:
+    def mixed(context: Context) -> Iterator[Finding]:
+        for level in ("ok", "warning", "skipped", "fault"):
+            yield Finding(level=level, what=level)
+
+    assert [f.level for f in run({"mixed": mixed}, context(tmp_path))] == [
+        "fault",
+        "warning",
+        "skipped",
+        "ok",
+    ]
+
+
+def test_text_of_findings_cannot_harm_a_terminal(system: System) -> None:
+    system.environ["BITTEN_HOME"] = str(system.home.with_name("evil\x1b[2Jhome"))
+    done = system.bitten("doctor")
+    assert "\x1b" not in done.stdout
+    assert "evil\\x1b[2Jhome" in done.stdout
+
+
+def test_every_check_is_documented() -> None:
+    page = (ROOT / "docs" / "doctor.md").read_text()
+    assert re.findall(r"^\| `([a-z0-9-]+)` \|", page, re.M) == list(CHECKS)
+
+
+def test_sqlite_library_that_corrupts_is_a_fault() -> None:
+    assert versions.judge_library((3, 51, 2)).level == "fault"
+    assert versions.judge_library((3, 51, 3)).level == "ok"
+
+
+def test_sqlite_program_too_old_for_the_views_is_a_warning(system: System, tmp_path: Path) -> None:
+    old = tmp_path / "sqlite3"
+    old.write_text("#!/bin/sh\necho 3.27.2 2019-02-25\n")
+    old.chmod(0o755)
+    system.environ["PATH"] = f"{tmp_path}:{system.environ['PATH']}"
+    done = system.bitten("doctor")
+    assert f"sqlite: {old} is 3.27.2: too old for the views" in done.stdout
+
+
+def test_libraries_with_known_faults_are_named() -> None:
+    assert versions.judge_libzmq((4, 3, 5)).level == "ok"
+    assert versions.judge_libzmq((4, 3, 4)).level == "warning"
+    assert versions.judge_libzmq((4, 3, 2)).level == "fault"
+    assert versions.judge_pyzmq((26, 4, 0)).level == "warning"
+    assert versions.judge_pyzmq((27, 0, 0)).level == "ok"
+
+
+def test_python_past_its_end_is_a_warning() -> None:
+    assert versions.judge_python((3, 11, 7), 1_825_027_199).level == "ok"
+    assert versions.judge_python((3, 11, 7), 1_825_027_200).level == "warning"
+    assert versions.judge_python((3, 99, 0), 9e9).level == "ok"
