@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import socket
 import time
 from collections.abc import Callable
@@ -21,16 +20,15 @@ import zmq
 from event_bus import protocol
 from event_bus.adopt import SpoolAdopter
 from event_bus.consumers import MAX_CONSUMERS, Consumer, Consumers
-from event_bus.envelope import Envelope
 from event_bus.errors import JournalError, JournalFull, StartError
 from event_bus.event_schema import Registry
-from event_bus.intake import SOURCE, Intake, Receipt
+from event_bus.intake import Intake, Receipt
 from event_bus.journal import DamagedBatch, Journal
 from event_bus.live import LiveEvents
 from event_bus.lock import FileLock
 from event_bus.protocol import BatchHead, ErrorReply, FetchReply, FetchRequest
 from event_bus.settings import Settings
-from event_bus.version import __version__
+from event_bus.status import BrokerStatus
 from event_bus.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -44,6 +42,7 @@ MAX_GROUP_MESSAGES = 512
 MAX_WAITING_FETCHES = 10_000
 MAX_WAIT_MS = 30_000
 MAX_REPLY_BYTES = 1 << 20
+PROBE_BYTES = 256 << 10
 MAX_UNREAD_REPLIES = 64
 """Replies kept for a client that does not read them; with their size, a bound in bytes."""
 
@@ -102,15 +101,11 @@ class Broker:
             self._poller.register(source, zmq.POLLIN)
         self._watchdog = Watchdog("the event bus")
         self._stopping = False
-        self._started = monotonic()
-        self._process = psutil.Process()
-        self._process.cpu_percent()
         self._live = LiveEvents(self._events, self.registry)
         self._receipts: list[tuple[list[bytes], Receipt]] = []
         self._waiting: dict[tuple[bytes, ...], _Waiting] = {}
-        self._held_by: str | None = None
         self._heartbeat_due = self._health_due = self._housekeeping_due = monotonic()
-        self._storage_full_since: float | None = None
+        self._status = BrokerStatus(self.intake, self._consumers, clock=clock, monotonic=monotonic)
 
     def _bind(self, kind: int, url: str, setting: str) -> zmq.Socket[Any]:
         sock: zmq.Socket[Any] = self._context.socket(kind)
@@ -177,7 +172,7 @@ class Broker:
         else:
             self._adopter.done()
             if self.intake.committed:
-                self._storage_full_since = None
+                self._probe_storage()
         for committed in self.intake.committed:
             self._live.publish(committed)
         self.intake.committed.clear()
@@ -187,7 +182,7 @@ class Broker:
         self._serve_waiting()
 
     def _timeout_ms(self) -> int:
-        if self._stopping or (self._adopter.pending and self._storage_full_since is None):
+        if self._stopping or (self._adopter.pending and self._status.storage_full_since is None):
             return 0
         due = min(self._heartbeat_due, self._health_due, self._housekeeping_due)
         if self._waiting:
@@ -338,9 +333,10 @@ class Broker:
         self._receipts.clear()
         if not full:
             raise error
-        if self._storage_full_since is None:
-            self._storage_full_since = self._clock()
+        if self._status.storage_full_since is None:
+            self._status.storage_full_since = self._clock()
             log.error("refusing events: %s", error)
+            self._look()
 
     # Timers
 
@@ -350,49 +346,33 @@ class Broker:
             self._heartbeat_due = now + HEARTBEAT_S
             self._watchdog.alive()
             self._adopter.look()
-            self._heartbeat()
+            self._consumers.pass_time(HEARTBEAT_S)
+            self._probe_storage()
+            self._look()
+            self._live.publish_heartbeat(self._status.heartbeat())
         if now >= self._health_due:
-            self._health_due = now + HEALTH_S
             self._emit_health()
         if now >= self._housekeeping_due:
             self._housekeeping_due = now + HOUSEKEEPING_S
             self._housekeeping()
 
-    def _heartbeat(self) -> None:
-        totals = self.intake.totals
-        data = {
-            "epoch": self.journal.epoch,
-            "journal_id": self.journal.journal_id,
-            "first_seq": self.journal.first_seq,
-            "last_seq": self.journal.last_seq,
-            "accepted": totals.accepted,
-            "duplicates": totals.duplicates,
-            "rejected": totals.rejected,
-            "conflicts": totals.conflicts,
-            "uptime": round(self._monotonic() - self._started, 3),
-            "memory_usage": round(self._process.memory_info().rss / 1e6, 1),
-            "cpu_usage": self._process.cpu_percent(),
-            "consumers": {n: self._consumers.lag(c) for n, c in self._consumers.items()},
-        }
-        event = Envelope(
-            event_id=f"{self.journal.journal_id}-{self.journal.epoch}-{self._clock():.3f}",
-            event_type="heartbeat",
-            timestamp=self._clock(),
-            source=SOURCE,
-            data=data,
-        )
-        self._live.publish_heartbeat(event)
+    def _look(self) -> None:
+        """See what is wrong; a state that has changed is told at once."""
+        if self._status.look():
+            log.info("state: %s", self._status.health.state)
+            self._health_due = self._monotonic()
 
     def _emit_health(self) -> None:
-        self.intake.emit(
-            "system_health",
-            {
-                "component": SOURCE,
-                "status": "ok" if self._storage_full_since is None else "storage_full",
-                "uptime": round(self._monotonic() - self._started, 3),
-                "memory_usage": round(self._process.memory_info().rss / 1e6, 1),
-            },
-        )
+        self._health_due = self._monotonic() + HEALTH_S
+        if self._status.storage_full_since is None:
+            self.intake.emit("system_health", self._status.health_event())
+
+    def _probe_storage(self) -> None:
+        """After a full disk there may be room again, though nobody publishes."""
+        if self._status.storage_full_since is not None and self.journal.has_room(PROBE_BYTES):
+            log.info("there is room again: taking events")
+            self._status.storage_full_since = None
+            self._look()
 
     def _housekeeping(self) -> None:
         """Save cursors, and trim the journal by age and size but not past a durable consumer."""
@@ -404,51 +384,24 @@ class Broker:
         )
         stored, name = self._consumers.slowest() or (before, "")
         held_by = name if stored < before else None
-        if held_by and held_by != self._held_by:
+        if held_by and held_by != self._status.journal_held_by:
             log.warning(
                 "journal kept from %d on, past its limits: consumer %s has not stored it",
                 stored,
                 held_by,
             )
-        self._held_by = held_by
+        self._status.journal_held_by = held_by
         if self.journal.trim(min(before, stored)):
             self._housekeeping_due = self._monotonic()
 
     def status(self) -> dict[str, Any]:
         """The answer to a status request; docs/protocol.md lists the fields."""
-        totals = self.intake.totals
         return {
-            "version": __version__,
-            "pid": os.getpid(),
+            **self._status.answer(),
             "home": str(self.settings.home),
             "events_url": self.events_url,
             "ingress_url": self.ingress_url,
-            "journal_id": self.journal.journal_id,
-            "epoch": self.journal.epoch,
-            "origin_seq": self.journal.origin_seq,
-            "first_seq": self.journal.first_seq,
-            "last_seq": self.journal.last_seq,
-            "uptime_s": round(self._monotonic() - self._started, 3),
-            "state": "ok" if self._storage_full_since is None else "storage_full",
-            "accepted": totals.accepted,
-            "duplicates": totals.duplicates,
-            "rejected": totals.rejected,
-            "conflicts": totals.conflicts,
-            "memory_bytes": self._process.memory_info().rss,
-            "journal_bytes": self.journal.size_bytes(),
-            "journal_held_by": self._held_by,
             "subscriptions": self._live.subscriptions,
-            "consumers": self._consumers.status(),
-            "schema_problems": [str(p) for p in self.registry.problems],
-            "producers": [
-                {
-                    "producer": p.token,
-                    "last_n": p.last_n,
-                    "last_seen": p.last_seen,
-                    "report": p.report,
-                }
-                for p in sorted(self.journal.producers.values(), key=lambda p: p.id)[-1000:]
-            ],
         }
 
 

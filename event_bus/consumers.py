@@ -13,11 +13,12 @@ MAX_CONSUMERS = 1_000
 
 class Consumer(msgspec.Struct):
     """Everything before `next_seq` is stored there. `problem` is what it says keeps it from
-    storing more, empty if nothing does."""
+    storing more, empty if nothing does. `silent_s` is how long it has not asked."""
 
     next_seq: int
     last_seen: float
     problem: str = ""
+    silent_s: float = 0.0
 
 
 class Consumers(dict[str, Consumer]):
@@ -42,6 +43,12 @@ class Consumers(dict[str, Consumer]):
         known = self.pop(name, None) is not None
         self.save()
         return known
+
+    def pass_time(self, seconds: float) -> None:
+        """So much time of the bus's own has passed. Not read from a clock: one that jumps, or
+        stood still with the whole machine, says nothing about a consumer."""
+        for consumer in self.values():
+            consumer.silent_s += seconds
 
     def is_full_for(self, name: str) -> bool:
         return len(self) >= MAX_CONSUMERS and name not in self

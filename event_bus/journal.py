@@ -10,6 +10,7 @@ its home.
 
 from __future__ import annotations
 
+import os
 import secrets
 import zlib
 from collections.abc import Iterable
@@ -283,6 +284,20 @@ class Journal:
         """Bytes in use, free pages not counted."""
         pages = self._row("PRAGMA page_count")[0] - self._row("PRAGMA freelist_count")[0]
         return int(pages * self._row("PRAGMA page_size")[0])
+
+    def has_room(self, size_bytes: int) -> bool:
+        """Whether the journal's disk has that much space now."""
+        probe = self.path.with_suffix(".probe")
+        try:
+            fd = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, size_bytes)
+            finally:
+                os.close(fd)
+                probe.unlink()
+        except OSError:
+            return False
+        return True
 
     def seq_to_trim(self, *, older_than: float, max_bytes: int) -> int:
         """The seq before which everything may go by age; by size, a tenth of the journal more."""

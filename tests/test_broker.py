@@ -488,7 +488,7 @@ def test_full_disk_is_refused_aloud_and_the_bus_goes_on_when_there_is_room(
             assert client.publish(line("0", action="x" * 100_000))["duplicates"] == 1
             status = client.status()
             assert (status["state"], status["accepted"]) == ("ok", n + 1)
-            assert status["last_seq"] == n + 2  # with the bus's own system_health
+            assert status["last_seq"] in (n + 2, n + 3)  # with one or two system_health
             client.close()
             process.send_signal(signal.SIGTERM)
             assert "refusing events: no space left" in process.communicate(timeout=10)[0]

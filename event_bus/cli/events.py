@@ -210,18 +210,20 @@ def _short(value: Any) -> str:
 @click.option("--json", "as_json", is_flag=True, help="The whole answer as JSON.")
 @click.pass_obj
 def status(settings: Settings, as_json: bool) -> None:
-    """Ask the bus how it is. Exit code 3 if it does not answer.
+    """Ask the bus how it is.
 
     \b
     bitten status
-    bitten status --json | jq .consumers
+    bitten status --json | jq .problems
+
+    Exit code 0: all is well. 1: something is wrong; it says what, and what to do. 3: no answer.
     """
     client = Client(settings.ingress_url)
     answer = client.status()
     client.close()
     if as_json:
         print_json(answer)
-        return
+        sys.exit(1 if answer["problems"] else 0)
     held = answer["last_seq"] - answer["first_seq"] + 1
     rows = [
         ("state", answer["state"]),
@@ -244,7 +246,10 @@ def status(settings: Settings, as_json: bool) -> None:
         rows.append((f"consumer {name}", f"lag {consumer['lag']} events, last seen {seen}"))
     if not answer["consumers"]:
         rows.append(("consumers", "none yet: is the collector running?"))
-    rows += [("schema problem", p) for p in answer["schema_problems"]]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         click.echo(f"{name:<{width}}  {printable(value)}")
+    for problem in answer["problems"]:
+        text = f"{problem['message']}; {problem['remedy']} (since {clock(problem['since'])})"
+        click.secho(f"{'problem':<{width}}  {printable(text)}", fg="red")
+    sys.exit(1 if answer["problems"] else 0)

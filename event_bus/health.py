@@ -1,0 +1,118 @@
+"""What is wrong with the bus now, since when, and what to do. Pure: facts in, words out."""
+
+from __future__ import annotations
+
+import msgspec
+
+STALLED_AFTER_S = 30.0
+"""A durable consumer that has events to store and has not asked for so long is reported."""
+
+CLOCK_BACK_S = 2.0
+"""Smaller steps are what keeping a clock right looks like."""
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """`code` is one of those that docs/operations.md lists, `since` Unix seconds."""
+
+    code: str
+    message: str
+    remedy: str
+    since: float
+
+
+class ConsumerFacts(msgspec.Struct, frozen=True):
+    """Of one durable consumer: `silent_s` since it last asked, `problem` in its own words."""
+
+    lag: int
+    silent_s: float
+    problem: str
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """`latest` is the latest time that the clock has shown since the start; times are Unix
+    seconds."""
+
+    now: float
+    latest: float
+    storage_full_since: float | None = None
+    storage: str = ""
+    journal_held_by: str | None = None
+    consumers: dict[str, ConsumerFacts] = {}
+    schema_problems: list[str] = []
+
+
+class Health:
+    """The problems of the last look, the gravest first; one that stays keeps its `since`."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+
+    @property
+    def state(self) -> str:
+        """`ok`, or the code of the gravest problem."""
+        return self.problems[0].code if self.problems else "ok"
+
+    def look(self, facts: Facts) -> bool:
+        """Take in what is the case now; True if that changes the state."""
+        before = self.state
+        known = {(p.code, _subject(p)): p.since for p in self.problems}
+        self.problems = [
+            msgspec.structs.replace(p, since=known.get((p.code, _subject(p)), p.since))
+            for p in find_problems(facts)
+        ]
+        return self.state != before
+
+
+def _subject(problem: Problem) -> str:
+    """What a problem is about: its message up to the colon, after which figures may change."""
+    return problem.message.partition(":")[0]
+
+
+def find_problems(facts: Facts) -> list[Problem]:
+    """The problems that these facts are, the gravest first."""
+    found = []
+
+    def add(code: str, message: str, remedy: str, since: float = facts.now) -> None:
+        found.append(Problem(code, message, remedy, since))
+
+    if facts.storage_full_since is not None:
+        add(
+            "storage_full",
+            f"no space left for {facts.storage}: events are refused and wait with their senders",
+            "free some space; it goes on by itself",
+            facts.storage_full_since,
+        )
+    for name, consumer in facts.consumers.items():
+        if consumer.problem:
+            add(
+                "consumer_problem",
+                f"consumer {name} cannot store: {consumer.problem}",
+                "see its log; the journal keeps its events meanwhile",
+            )
+    for name, consumer in facts.consumers.items():
+        if consumer.lag and consumer.silent_s >= STALLED_AFTER_S:
+            add(
+                "consumer_stalled",
+                f"consumer {name} has stopped asking: {consumer.lag} events wait for it",
+                "start it again (the collector: `bitten up` or `pm2 restart data_collector`)",
+                facts.now - consumer.silent_s,
+            )
+    if facts.journal_held_by:
+        add(
+            "journal_held",
+            f"the journal is kept past its limits for consumer {facts.journal_held_by}",
+            "start that consumer, or let go of it with the request `forget`",
+        )
+    if facts.now < facts.latest - CLOCK_BACK_S:
+        add(
+            "clock_back",
+            f"the clock was set back: it has been {facts.latest - facts.now:.0f} s ahead of now",
+            "check the time service; `seq` is right, `received_at` steps back with the clock",
+        )
+    for text in facts.schema_problems:
+        add(
+            "schema_problem",
+            f"schema file left out: {text}",
+            "mend the file, and see `bitten schemas check`",
+        )
+    return found
