@@ -128,8 +128,8 @@ class Store:
         if not new:
             check_version(self._db, self.path)
         self._db.execute("PRAGMA journal_mode=WAL")
-        # A commit lost with the power is fetched again: the journal has it.
-        self._db.execute("PRAGMA synchronous=NORMAL")
+        # The journal may be cut as soon as this is stored: a power loss must not undo it then.
+        self._db.execute("PRAGMA synchronous=FULL")
         self._db.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
         self._db.execute("PRAGMA wal_autocheckpoint=4000")  # 16 MB: a twentieth faster than 4 MB
         self._db.execute("PRAGMA journal_size_limit=67108864")

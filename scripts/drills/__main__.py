@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import kills  # noqa: F401 - each theme puts its drills into the table
+import power  # noqa: F401
 from harness import DRILLS, Drill, Result, run, unmet
 
 SEED = 1

@@ -10,6 +10,8 @@ import sys
 import time
 from typing import Any
 
+import disk
+
 
 def arm(fault: str) -> None:
     name, _, argument = fault.partition(":")
@@ -56,7 +58,14 @@ def one_event_dropped(_: str) -> None:
     Store._write_events = forgetful  # type: ignore[method-assign]
 
 
+def record(path: str) -> None:
+    """No fault: what bus and collector do to their files is noted, for a power loss to undo."""
+    if _program() in ("bus", "collect"):
+        disk.arm(path)
+
+
 FAULTS = {
+    "record": record,
     "ack-before-fsync": ack_before_fsync,
     "one-event-dropped": one_event_dropped,
 }

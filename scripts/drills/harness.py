@@ -154,10 +154,11 @@ class Trial:
             return
         spool = self.system.settings.spool
         wait_until(lambda: not list(spool.glob("*.ndjson")), "the spool is empty", SETTLE_S)
-        wait_until(self._all_stored, "the database holds all of the journal", SETTLE_S)
+        wait_until(self.all_stored, "the database holds all of the journal", SETTLE_S)
         self.up.stop()
 
-    def _all_stored(self) -> bool:
+    def all_stored(self) -> bool:
+        """True once the database has all that the bus has."""
         status = self.system.status(1.0)
         try:
             return status is not None and self.last_stored() >= status["last_seq"]
