@@ -23,7 +23,13 @@ def _boolean(value: Any) -> bool:
 
 
 def _path(value: Any) -> Path:
-    return Path(str(value)).expanduser().absolute()
+    text = str(value)
+    if "\0" in text:
+        raise ValueError("expected the path of a file")
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError:
+        raise ValueError(f"there is no user {text.partition('/')[0][1:]}") from None
 
 
 def _url(value: Any) -> str:

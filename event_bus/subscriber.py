@@ -17,7 +17,7 @@ import zmq.asyncio
 
 from event_bus import envelope, protocol
 from event_bus.envelope import Envelope
-from event_bus.errors import BusUnavailable
+from event_bus.errors import BusRefused, BusUnavailable
 from event_bus.protocol import Client, FetchReply, FetchRequest
 from event_bus.settings import Settings
 
@@ -98,22 +98,40 @@ class Cursor:
         """The events of an answer that were not seen yet, and step past them.
 
         They do not count as stored before the next answer: a consumer asks for that one before
-        it writes these.
+        it writes these. Raises BusRefused, and stays where it was, if the answer is not what was
+        asked for.
         """
-        reply = _decode_reply(frames[0])
+        try:
+            reply = _decode_reply(frames[0])
+            next_seq, batches = self._read(reply, frames[1:])
+        except (ValueError, IndexError, RecursionError) as e:
+            raise BusRefused(
+                f"the bus's answer makes no sense: {e}",
+                code="bad_answer",
+                hint="is it another program that listens there?",
+            ) from e
         self._stored_seq = self.next_seq
         self.journal_id = reply.journal_id
         self.last_seq = reply.last_seq
-        if self.next_seq is None:  # that was only to learn where to begin
-            self.next_seq = reply.from_seq
-            return []
-        batches = []
-        for head, body in zip(reply.batches, frames[1:], strict=True):
-            skip = max(0, self.next_seq - head.first_seq)
-            events = envelope.decode_lines(body)
-            batches.append(Batch(head.first_seq + skip, head.received_at, events[skip:]))
-            self.next_seq = head.first_seq + head.count
+        self.next_seq = next_seq
         return batches
+
+    def _read(self, reply: FetchReply, bodies: list[bytes]) -> tuple[int, list[Batch]]:
+        """What comes after the answer, and its events. Raises ValueError."""
+        if self.next_seq is None:  # that was only to learn where to begin
+            return reply.from_seq, []
+        next_seq = self.next_seq
+        batches = []
+        for head, body in zip(reply.batches, bodies, strict=True):
+            skip = max(0, next_seq - head.first_seq)
+            events = envelope.decode_lines(body)
+            if head.first_seq > next_seq:
+                raise ValueError(f"event {next_seq} is missing before {head.first_seq}")
+            if len(events) != head.count:
+                raise ValueError(f"{len(events)} events where {head.count} were announced")
+            batches.append(Batch(head.first_seq + skip, head.received_at, events[skip:]))
+            next_seq = max(next_seq, head.first_seq + head.count)
+        return next_seq, batches
 
 
 class Subscriber:

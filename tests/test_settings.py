@@ -59,6 +59,8 @@ def test_empty_config_file_changes_nothing(tmp_path: Path, text: str) -> None:
         ({"BITTEN_SPOOL_MAX_BYTES": "1e9"}, "expected a whole number above 0"),
         ({"BITTEN_SPOOL_MAX_BYTES": "0"}, "expected a whole number above 0"),
         ({"BITTEN_SPOOL_MAX_BYTES": "-1"}, "expected a whole number above 0"),
+        ({"BITTEN_DB": "~nobody-of-that-name/x.db"}, "there is no user nobody-of-that-name"),
+        ({"BITTEN_DB": "a\0b"}, "expected the path of a file"),
         ({"BITTEN_SOURCE": "x" * 256}, "expected a name of up to 255"),
     ],
 )

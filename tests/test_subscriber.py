@@ -17,7 +17,7 @@ from event_bus import envelope
 from event_bus.envelope import Envelope
 from event_bus.errors import BusRefused, BusUnavailable, TrimmedRange
 from event_bus.protocol import Client
-from event_bus.subscriber import Event, Subscriber
+from event_bus.subscriber import Cursor, Event, Subscriber
 
 TOKEN = envelope.new_producer()
 
@@ -271,3 +271,33 @@ def test_start_beyond_the_end_is_refused(bus: System, collect: Collect) -> None:
     with pytest.raises(BusRefused, match="the journal ends at") as caught:
         collect(Subscriber(start=1_000, settings=bus.settings))
     assert caught.value.code == "ahead"
+
+
+LINE = b'{"event_id":"a","event_type":"user_action","timestamp":1.5,"data":{"action":"a"}}\n'
+
+
+def answer(batches: str, *bodies: bytes) -> list[bytes]:
+    head = f'{{"from_seq":1,"batches":{batches},"first_seq":1,"last_seq":9,"journal_id":"j",'
+    return [f'{head}"epoch":1}}'.encode(), *bodies]
+
+
+@pytest.mark.parametrize(
+    ("frames", "problem"),
+    [
+        (answer("[[2,1,1.5]]", LINE), "event 1 is missing before 2"),
+        (answer("[[1,1,1.5],[3,1,1.5]]", LINE, LINE), "event 2 is missing before 3"),
+        (answer("[[1,2,1.5]]", LINE), "1 events where 2 were announced"),
+        (answer("[[1,1,1.5]]"), "shorter"),
+        (answer("[[1,1,1.5]]", b"garbage"), "malformed"),
+        ([b"garbage"], "malformed"),
+        ([], "out of range"),
+    ],
+)
+def test_answer_that_is_none_is_refused_and_the_cursor_stays(
+    frames: list[bytes], problem: str
+) -> None:
+    cursor = Cursor(next_seq=1)
+    with pytest.raises(BusRefused, match=problem):
+        cursor.take(frames)
+    assert cursor.next_seq == 1
+    assert [b.first_seq for b in cursor.take(answer("[[1,1,1.5],[2,1,1.5]]", LINE, LINE))] == [1, 2]
