@@ -11,9 +11,10 @@ BittenError
 ├── StartError         a daemon cannot start: port, lock or directory is not to be had
 ├── JournalError       journal.db cannot be read or written
 │   └── JournalFull    there is no space left for it; worth trying again
-└── DatabaseError      bitten_events.db is foreign, of another version or unusable
-    ├── DatabaseMissing      nobody has made it yet
-    └── DatabaseUnavailable  locked, or its disk is full; worth trying again
+├── DatabaseError      bitten_events.db is foreign, of another version or unusable
+│   ├── DatabaseMissing      nobody has made it yet
+│   └── DatabaseUnavailable  locked, or its disk is full; worth trying again
+└── BackupError        a backup cannot be made, found or restored, or is not whole
 
 A message says what, where and why; `hint` says what to do about it.
 """
@@ -105,3 +106,7 @@ class DatabaseMissing(DatabaseError):
 
 class DatabaseUnavailable(DatabaseError):
     pass
+
+
+class BackupError(BittenError):
+    exit_code = 4

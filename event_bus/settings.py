@@ -47,6 +47,13 @@ def _positive(value: Any) -> int:
     return int(text)
 
 
+def _whole(value: Any) -> int:
+    text = str(value).replace("_", "")
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise ValueError("expected a whole number, 0 or above")
+    return int(text)
+
+
 def _source(value: Any) -> str:
     text = str(value)
     if len(text) > 255 or not text.isprintable():
@@ -83,6 +90,13 @@ class Settings:
     journal_max_age_s: int = _setting(
         7 * 86_400, _positive, "age at which events leave the journal"
     )
+    backup_dir: Path = _setting(  # noqa: RUF009
+        None, _path, "directory of the backups; default $BITTEN_HOME/backup"
+    )
+    backup_interval_s: int = _setting(
+        0, _whole, "seconds from one backup to the next by the collector; 0 makes none"
+    )
+    backup_keep: int = _setting(2, _positive, "backups kept in backup_dir")
 
     @classmethod
     def load(cls, *, environ: Mapping[str, str] | None = None, **flags: Any) -> Settings:
@@ -99,6 +113,7 @@ class Settings:
             if f.name != "home"
         }
         values["db"] = values["db"] or home / "bitten_events.db"
+        values["backup_dir"] = values["backup_dir"] or home / "backup"
         return cls(home=home, **values)
 
     @property
