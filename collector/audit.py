@@ -1,167 +1,250 @@
-"""The loss ledger: what was published, what is stored, what waits, and what is gone."""
+"""`bitten audit`: reads journal, spool and database so that the three can be compared.
+
+An event moves from a process's memory through its spool to the journal, and from there to the
+database. They are read in this order, each later than the one before: what has left the one is
+found in the next, and nothing that is merely on its way looks lost. First of all it is seen which
+processes live, for what a process leaves as it ends is in its spool from then on.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import apsw
 import msgspec
+import psutil
 
+from collector import ledger, vouched
+from collector.journal_view import JournalView, ProducerRow
+from collector.ledger import Account, Held, Known, Range
 from collector.reader import Reader
-from event_bus import database
+from collector.spooled import Spooled, read_spools
+from collector.tally import Count, Tally, gaps
 from event_bus.errors import BusUnavailable, DatabaseError
 from event_bus.protocol import Client
 from event_bus.settings import Settings
 
-MAX_RANGES = 20
+BUS_PATIENCE_S = 0.5
+CLOCK_SLACK_S = 1.0
 
 
-def audit(settings: Settings) -> dict[str, Any]:
-    """Compare journal, database and spool.
+class Ledger(msgspec.Struct, kw_only=True):
+    """The answer of `bitten audit`; docs/audit.md says what each count means."""
 
-    Of events: `published` are in the journal or were, `stored` in the database, `waiting` on
-    their way from the one to the other, `spooled` on disk for a bus that was away, `holes` missing
-    between stored ones, `dropped` given up by bridges whose bounds were reached. `lost` is
-    holes + dropped, and `verdict` says it in words. `rejected` and `conflicts` are kept in
-    rejected_events; `duplicates` (since the bus started; None while it is away) were recognised.
-    Raises DatabaseError if there is no database.
+    verdict: str
+    lost: int
+    published: int
+    acked: int
+    waiting: int
+    in_memory: int
+    in_spool: int
+    dropped: int
+    refused: int
+    rejected: int
+    conflicts: int
+    stored: int
+    unstored: int
+    missing: int
+    unaccounted: int
+    undecided: int
+    truncated: int
+    gaps: int
+    holes: int
+    differing: int
+    duplicates: int | None
+    first_seq: int
+    last_seq: int
+    stored_seq: int
+    counted_from_seq: int
+    bus: str
+    ranges: list[Range]
+    sources: list[Account]
+    producers: list[Account]
+
+
+def audit(settings: Settings, *, full: bool = False) -> Ledger:
+    """Compare what was published with what is stored, and account for the difference.
+
+    With `full`, nothing that an earlier audit vouched for is taken over. Raises DatabaseError if
+    there is no database or it cannot be compared, JournalError if the journal cannot be read.
     """
-    bus = _bus_status(settings) or _journal_status(settings.journal)
-    with Reader(settings.db) as reader:
-        count = reader.rows("SELECT count(*) AS n FROM _event")[0]["n"]
-        last = reader.last_seq()
-        holes = last - count
-        rejected = reader.rows(
-            "SELECT count(*) AS n, sum(rule = 'conflict') AS conflicts FROM rejected_events"
-        )[0]
-        announced = reader.rows(
-            "SELECT producer, max(dropped_total) AS n FROM bridge_loss GROUP BY producer"
+    if not settings.journal.exists():
+        raise DatabaseError(
+            f"there is no journal at {settings.journal} yet", hint="start the bus: `bitten up`"
         )
-        stored_by = {
-            row["token"]: row["n"]
-            for row in reader.rows(
-                "SELECT name AS token, n FROM (SELECT producer, count(*) AS n FROM _event"
-                " WHERE producer IS NOT NULL GROUP BY producer) JOIN _name ON id = producer"
+    status = _bus_status(settings)
+    with JournalView(settings.journal) as journal:
+        dead = {p.token for p in journal.producers() if not _is_alive(p)}
+    spools = read_spools(settings.spool)
+    with JournalView(settings.journal) as journal, Reader(settings.db) as reader:
+        producers = journal.producers()
+        try:
+            with _one_reading(reader.db):
+                stored_seq = _stored_seq(reader, journal)
+                opening = vouched.last_opening(reader.db)
+                tally = (
+                    Tally() if full else vouched.load(settings.home, reader.db, journal.journal_id)
+                )
+                counted_from = tally.seq + 1
+                Count(reader, tally, stored_seq).run(
+                    journal.runs(counted_from), journal.opaque_ids(counted_from)
+                )
+                ranges = sorted(
+                    [*gaps(reader.db, 1, stored_seq), *tally.faults], key=lambda r: r.first_seq
+                )
+        except apsw.Error as e:
+            raise DatabaseError(f"cannot read {settings.db}: {e}") from e
+        unstored = journal.unstored(stored_seq + 1)
+    vouched.save(settings.home, opening, journal.journal_id, tally)
+    if journal.first_seq > stored_seq + 1:
+        ranges.append(
+            Range(
+                kind="gap",
+                first_seq=stored_seq + 1,
+                last_seq=journal.first_seq - 1,
+                events=journal.first_seq - stored_seq - 1,
+                reason="the collector has not come to them yet",
             )
-        }
-        ranges = _missing_ranges(reader, last) if holes else []
-    dropped = {row["producer"]: row["n"] for row in announced}
-    producers = []
-    for p in bus["producers"]:
-        report = _report(p["report"])
-        token = p["producer"]
-        dropped[token] = max(dropped.get(token) or 0, report.get("dropped", 0))
-        producers.append(
-            {
-                "producer": token,
-                "source": report.get("source"),
-                "pid": report.get("pid"),
-                "published": p["last_n"],
-                "stored": stored_by.get(token, 0),
-                "dropped": dropped[token],
-                "refused": report.get("refused", 0),
-                "last_seen": p["last_seen"],
-            }
         )
-    ledger: dict[str, Any] = {
-        "published": bus["last_seq"],
-        "stored": count,
-        "waiting": max(0, bus["last_seq"] - last),
-        "spooled": sum(map(_lines, settings.spool.glob("*.ndjson"))),
-        "dropped": sum(dropped.values()),
-        "rejected": rejected["n"],
-        "conflicts": rejected["conflicts"] or 0,
-        "duplicates": bus["duplicates"],
-        "holes": holes,
-        "missing": ranges,
-        "bus": bus["state"],
-        "producers": producers,
-    }
-    ledger["lost"] = ledger["holes"] + ledger["dropped"]
-    ledger["verdict"] = _verdict(ledger)
-    return ledger
+    waiting = max(0, journal.last_seq - max(stored_seq, journal.first_seq - 1))
+    accounts = _accounts(producers, dead, spools, tally, unstored)
+    foreign = _foreign(tally, waiting - sum(unstored.values()))
+    by_ranges = sum(r.events for r in ranges)
+    ledger.settle_missing(accounts, by_ranges - sum(a.missing for a in accounts))
+    lost, verdict = ledger.verdict(accounts, ranges)
+    total = ledger.total([*accounts, *foreign])
+    return Ledger(
+        verdict=verdict,
+        lost=lost,
+        waiting=total.in_memory + total.in_spool,
+        **{name: getattr(total, name) for name in ledger.SUMMED if name != "processes"},
+        truncated=tally.truncated,
+        gaps=_events(ranges, "gap"),
+        holes=_events(ranges, "hole"),
+        differing=_events(ranges, "differs"),
+        duplicates=status["duplicates"] if status else None,
+        first_seq=journal.first_seq,
+        last_seq=journal.last_seq,
+        stored_seq=stored_seq,
+        counted_from_seq=counted_from,
+        bus=status["state"] if status else "away",
+        ranges=ranges,
+        sources=ledger.by_source([*accounts, *foreign]),
+        producers=accounts,
+    )
 
 
-def _verdict(ledger: dict[str, Any]) -> str:
-    if not ledger["lost"]:
-        return "0 lost"
-    parts = []
-    if ledger["dropped"]:
-        parts.append(f"{ledger['dropped']} dropped by bridges that reached their bounds")
-    if ledger["holes"]:
-        shown = ", ".join(f"{a}-{b}" if a != b else str(a) for a, b in ledger["missing"])
-        parts.append(f"{ledger['holes']} missing in the database (seq {shown})")
-    return f"{ledger['lost']} lost: {'; '.join(parts)}"
+@contextlib.contextmanager
+def _one_reading(db: apsw.Connection) -> Iterator[None]:
+    db.execute("BEGIN")
+    try:
+        yield
+    finally:
+        db.execute("ROLLBACK")
 
 
-def _missing_ranges(reader: Reader, last: int) -> list[list[int]]:
-    """The first ranges of seq from 1 to `last` that are not stored."""
-    return [
-        [row["lo"], row["hi"]]
-        for row in reader.rows(
-            "SELECT previous + 1 AS lo, seq - 1 AS hi FROM"
-            " (SELECT seq, lag(seq, 1, 0) OVER (ORDER BY seq) AS previous FROM"
-            " (SELECT seq FROM _event UNION ALL SELECT ?))"
-            " WHERE seq > previous + 1 LIMIT ?",
-            last + 1,
-            MAX_RANGES,
+def _stored_seq(reader: Reader, journal: JournalView) -> int:
+    """Up to where to compare. Raises DatabaseError if that makes no sense."""
+    last = reader.last_seq()
+    bound: Any = reader.db.execute("SELECT value FROM _meta WHERE key = 'journal_id'").fetchone()
+    if bound and bound[0] != journal.journal_id and journal.origin_seq <= last:
+        raise DatabaseError(
+            f"{reader.path} was filled from journal {bound[0]}, and {journal.path} is"
+            f" {journal.journal_id}",
+            hint="restore the journal.db or the database that belongs to the other",
         )
-    ]
+    if last > journal.last_seq:  # stored since, or the journal is an older one
+        now = journal.last_seq_now()
+        if last > now:
+            raise DatabaseError(
+                f"{reader.path} has events up to seq {last}, and {journal.path} ends at {now}: an"
+                " older copy of the journal was restored",
+                hint="restore the newer journal.db",
+            )
+    return min(last, journal.last_seq)
+
+
+def _accounts(
+    producers: list[ProducerRow],
+    dead: set[str],
+    spools: dict[str, Spooled],
+    tally: Tally,
+    unstored: dict[str, int],
+) -> list[Account]:
+    rows = {p.token: p for p in producers}
+    # The bus's own accounts of refusals are among these.
+    doubt = sum(n for token, n in unstored.items() if rows[token].report is None)
+    accounts = []
+    for token in sorted({*rows, *tally.producers, *spools}):
+        row = rows.get(token)
+        held = tally.producers.get(token) or Held()
+        last_n = row.last_n if row else 0
+        spool = spools.get(token)
+        taken_n = max(last_n, held.rejected_n)
+        known = Known(
+            producer=token,
+            held=held,
+            report=row.report if row else None,
+            last_n=last_n,
+            last_seen=row.last_seen if row else None,
+            alive=row is not None and token not in dead,
+            unstored=unstored.get(token, 0),
+            spooled=spool.after(taken_n) if spool else 0,
+            spooled_n=spool.last_n if spool else 0,
+        )
+        accounts.append(ledger.account(known, doubt=doubt))
+    return accounts
+
+
+def _foreign(tally: Tally, unstored: int) -> list[Account]:
+    """Accounts of sources whose ids name no process; what they sent was acknowledged or refused."""
+    accounts = []
+    for source, held in tally.foreign.items():
+        sent = held.stored + held.rejected + held.conflicts
+        accounts.append(
+            Account(
+                source=source,
+                processes=0,
+                published=sent,
+                acked=sent,
+                rejected=held.rejected,
+                conflicts=held.conflicts,
+                stored=held.stored,
+            )
+        )
+    if unstored > 0:
+        accounts.append(Account(processes=0, published=unstored, acked=unstored, unstored=unstored))
+    return accounts
+
+
+def _events(ranges: list[Range], kind: str) -> int:
+    return sum(r.events for r in ranges if r.kind == kind)
 
 
 def _bus_status(settings: Settings) -> dict[str, Any] | None:
     client = Client(settings.ingress_url)
     try:
-        return client.status()
+        return client.status(BUS_PATIENCE_S)
     except BusUnavailable:
         return None
     finally:
         client.close()
 
 
-def _journal_status(path: Path) -> dict[str, Any]:
-    """What the journal itself says while no bus runs on it."""
-    if not path.exists():
-        raise DatabaseError(f"there is no journal at {path} yet", hint="start the bus: `bitten up`")
+def _is_alive(producer: ProducerRow) -> bool:
+    """True unless the process is known to be gone: another may have its pid by now."""
+    pid = producer.report.pid if producer.report else 0
+    if not pid:
+        return True
     try:
-        db = database.connect(path, database.READ_ONLY)
-        last = _value(db, "SELECT max(first_seq + count - 1) FROM batch")
-        trimmed = _value(db, "SELECT value FROM meta WHERE key = 'trimmed_seq'")
-        producers = [
-            {"producer": token, "last_n": n, "last_seen": seen, "report": report}
-            for token, n, seen, report in db.execute(
-                "SELECT token, last_n, last_seen, report FROM producer ORDER BY id"
-            )
-        ]
-        db.close()
-    except apsw.Error as e:
-        raise DatabaseError(f"cannot read {path}: {e}") from e
-    return {
-        "state": "away",
-        "last_seq": last if last is not None else trimmed,
-        "duplicates": None,
-        "producers": producers,
-    }
-
-
-def _lines(path: Path) -> int:
-    """Events in a spool file; none in one that was delivered meanwhile."""
-    try:
-        with path.open("rb") as spool:
-            return sum(chunk.count(b"\n") for chunk in iter(lambda: spool.read(1 << 20), b""))
-    except FileNotFoundError:
-        return 0
-
-
-def _value(db: apsw.Connection, sql: str) -> Any:
-    row: Any = db.execute(sql).fetchone()
-    return row[0]
-
-
-def _report(text: str | None) -> dict[str, Any]:
-    try:
-        report = msgspec.json.decode(text or "{}")
-    except msgspec.DecodeError:
-        return {}
-    return report if isinstance(report, dict) else {}
+        process = psutil.Process(pid)
+        return (
+            process.status() != psutil.STATUS_ZOMBIE
+            and process.create_time() <= producer.last_seen + CLOCK_SLACK_S
+        )
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:
+        return True

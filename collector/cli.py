@@ -1,13 +1,11 @@
-"""`bitten collect`, `query`, `stats` and `audit`."""
+"""`bitten collect`, `query` and `stats`."""
 
 from __future__ import annotations
 
 import logging
-import sys
 
 import click
 
-from collector.audit import audit as make_audit
 from collector.data_collector import DataCollector
 from event_bus.cli.output import When, clock, print_csv, print_json, print_table
 from event_bus.pm2 import notify_ready
@@ -111,33 +109,3 @@ def stats(settings: Settings, as_json: bool) -> None:
         f"\n{found['events_stored']} events stored, {found['events_rejected']} of them rejections,"
         f" in {(found['database_bytes'] + found['wal_bytes']) / 1e6:.1f} MB: {found['database']}"
     )
-
-
-@click.command()
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@click.pass_obj
-def audit(settings: Settings, as_json: bool) -> None:
-    """Is anything lost? Compares journal, database and spool.
-
-    Exit code 0: nothing is lost. 1: something is, and the last line says what.
-
-    \b
-    bitten audit
-    bitten audit --json | jq .lost
-    */10 * * * * bitten audit > /dev/null || mail -s 'events lost' me@example.org
-    """
-    ledger = make_audit(settings)
-    if as_json:
-        print_json(ledger)
-    else:
-        columns = ("producer", "source", "published", "stored", "dropped", "refused")
-        print_table(
-            (*columns, "last seen"),
-            [(*(p[c] for c in columns), clock(p["last_seen"])) for p in ledger["producers"]],
-        )
-        totals = ("published", "stored", "waiting", "spooled", "dropped", "rejected", "conflicts")
-        click.echo("\n" + ", ".join(f"{ledger[name]} {name}" for name in (*totals, "holes")))
-        if ledger["bus"] == "away":
-            click.echo("the bus is away; the journal was read as it lies")
-        click.echo(ledger["verdict"])
-    sys.exit(1 if ledger["lost"] else 0)

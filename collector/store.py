@@ -3,7 +3,8 @@
 Tables begin with an underscore; analysts read the views `events` and one for each event type.
 `_event` has a row for every event, and its highest seq is the collector's cursor. Texts that
 repeat (types, sources, symbols, producers) are stored once, in `_name`. `_gap` has the ranges of
-seq that were gone from the journal before they could be stored.
+seq that were gone from the journal before they could be stored. `_opening` has a row for each time
+that the collector opened the database.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -66,6 +68,12 @@ LAST_SEQ = (
     "SELECT max(coalesce((SELECT max(seq) FROM _event), 0),"
     " coalesce((SELECT max(last_seq) FROM _gap), 0))"
 )
+_OPENING = (
+    "CREATE TABLE IF NOT EXISTS _opening"
+    " (id INTEGER PRIMARY KEY, token TEXT NOT NULL, last_seq INTEGER NOT NULL)"
+)
+_NOTE_OPENING = f"INSERT INTO _opening (token, last_seq) VALUES (?, ({LAST_SEQ}))"
+"""An older copy of the database begins lower again: so an audit knows what it may rely on."""
 
 
 class Names(dict[str | None, int | None]):
@@ -138,6 +146,9 @@ class Store:
                 self._db.execute(_SCHEMA)
                 self._db.execute(f"PRAGMA application_id={APPLICATION_ID}")
                 self._db.execute(f"PRAGMA user_version={VERSION}")
+        with self._transaction():
+            self._db.execute(_OPENING)
+            self._db.execute(_NOTE_OPENING, (secrets.token_hex(8),))
         self._inode = self.path.stat().st_ino
 
     @property

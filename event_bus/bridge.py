@@ -378,6 +378,7 @@ class Bridge:
                 "queued_bytes": self.outbox.size_bytes,
                 "spooled": self.outbox.spool.events,
                 "dropped": self.dropped,
+                "overflowed": self.overflowed,
                 "refused": self.refused,
                 "refused_by_bus": self.refused_by_bus,
                 "last_error": self.last_error,

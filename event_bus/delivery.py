@@ -265,7 +265,7 @@ class Delivery:
 
     def _report(self) -> bytes:
         stats = self._bridge.stats()
-        names = ("source", "emitted", "acked", "spooled", "dropped", "refused")
+        names = ("source", "emitted", "acked", "spooled", "dropped", "overflowed", "refused")
         return msgspec.json.encode({"pid": os.getpid(), **{name: stats[name] for name in names}})
 
     def _spill_if_needed(self) -> None:

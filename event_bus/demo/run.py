@@ -137,7 +137,7 @@ class Demo:
                 ledger: dict[str, Any] = msgspec.json.decode(output)
             except (msgspec.DecodeError, subprocess.TimeoutExpired) as e:
                 raise BittenError(f"the audit failed: {self._last_log_line()}") from e
-            if not ledger["waiting"]:
+            if not ledger["unstored"]:
                 return ledger
             self._turn(self._processes[0], "the collector did not store all")
 

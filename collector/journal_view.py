@@ -1,0 +1,116 @@
+"""The journal as the audit reads it: from beside the bus, read-only, at one moment."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import apsw
+import msgspec
+
+from collector.ledger import Report
+from event_bus import database
+from event_bus.errors import JournalError
+
+
+class ProducerRow(msgspec.Struct):
+    token: str
+    last_n: int
+    last_seen: float
+    report: Report | None
+
+
+class JournalView:
+    """One read transaction, from its making until `close`. Raises JournalError."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._errors():
+            self._db = database.connect(path, database.READ_ONLY)
+            try:
+                self._db.execute("BEGIN")
+                meta = dict(self._db.execute("SELECT key, value FROM meta"))
+                self.journal_id: str = meta["journal_id"]
+                self.origin_seq: int = meta.get("origin_seq", 1)
+                trimmed: int = meta["trimmed_seq"]
+                first, last = self._row("SELECT min(first_seq), max(first_seq) FROM batch")
+                self.first_seq: int = first if first is not None else trimmed + 1
+                self.last_seq: int = trimmed if last is None else self._end_of(last)
+            except BaseException:
+                self._db.close()
+                raise
+
+    def producers(self) -> list[ProducerRow]:
+        with self._errors():
+            return [
+                ProducerRow(token, last_n, last_seen, _report(report))
+                for token, last_n, last_seen, report in self._db.execute(
+                    "SELECT token, last_n, last_seen, report FROM producer"
+                )
+            ]
+
+    def runs(self, from_seq: int) -> Iterator[tuple[str, int, int, int]]:
+        """(token, first n, last n, first seq) of what lies at `from_seq` and after."""
+        with self._errors():
+            yield from self._db.execute(
+                "SELECT token, first_n, run.last_n, first_seq FROM run"
+                " JOIN producer ON producer.id = run.producer WHERE first_seq >="
+                " coalesce((SELECT max(first_seq) FROM run WHERE first_seq <= ?1), 0)"
+                " AND first_seq + run.last_n - first_n >= ?1",
+                (from_seq,),
+            )
+
+    def opaque_ids(self, from_seq: int) -> Iterator[tuple[str, int]]:
+        """(event id, seq) of what lies at `from_seq` and after under an id of another form."""
+        with self._errors():
+            yield from self._db.execute(
+                "SELECT event_id, seq FROM opaque_id WHERE seq >= ?", (from_seq,)
+            )
+
+    def unstored(self, from_seq: int) -> dict[str, int]:
+        """How many events of each process lie at `from_seq` and after."""
+        counts: dict[str, int] = {}
+        for token, first_n, last_n, first_seq in self.runs(from_seq):
+            events = last_n - first_n + 1 - max(0, from_seq - first_seq)
+            counts[token] = counts.get(token, 0) + events
+        return counts
+
+    def last_seq_now(self) -> int:
+        """The last seq, as it is by now and not when this view was made."""
+        with JournalView(self.path) as now:
+            return now.last_seq
+
+    def close(self) -> None:
+        self._db.close()
+
+    def __enter__(self) -> JournalView:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _end_of(self, first_seq: int) -> int:
+        (count,) = self._row("SELECT count FROM batch WHERE first_seq = ?", first_seq)
+        return int(first_seq + count - 1)
+
+    def _row(self, sql: str, *values: Any) -> Any:
+        return self._db.execute(sql, values).fetchone()
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (apsw.Error, KeyError) as e:
+            raise JournalError(
+                f"cannot read {self.path}: {e}", hint="check its owner and rights"
+            ) from e
+
+
+def _report(text: str | None) -> Report | None:
+    """None if there is none, or a client's that is another thing."""
+    try:
+        return msgspec.json.decode(text, type=Report) if text else None
+    except (msgspec.DecodeError, UnicodeError):
+        return None

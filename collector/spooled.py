@@ -1,0 +1,66 @@
+"""Which events lie in spool files, by the names of the files and the ids of the lines."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_ID = re.compile(rb'^\{"event_id":"[0-9a-f]{20}-([1-9][0-9]{0,17})"', re.MULTILINE)
+_CHUNK_BYTES = 1 << 20
+
+
+class Spooled:
+    """The events of one file, as stretches of their numbers. `others` are lines without one."""
+
+    def __init__(self) -> None:
+        self.stretches: list[tuple[int, int]] = []
+        self.others = 0
+
+    @property
+    def last_n(self) -> int:
+        return max((last for _, last in self.stretches), default=0)
+
+    def after(self, n: int) -> int:
+        """How many events have a number above that, or none."""
+        return self.others + sum(
+            last - max(first, n + 1) + 1 for first, last in self.stretches if last > n
+        )
+
+    def add(self, lines: bytes) -> None:
+        """Take in whole lines."""
+        count = lines.count(b"\n")
+        head, tail = _ID.match(lines), _ID.match(lines, lines.rfind(b"\n", 0, -1) + 1)
+        if head and tail and int(tail[1]) - int(head[1]) == count - 1:
+            self._extend(int(head[1]), int(tail[1]))
+            return
+        numbers = [int(n) for n in _ID.findall(lines)]
+        self.others += count - len(numbers)
+        for n in numbers:
+            self._extend(n, n)
+
+    def _extend(self, first: int, last: int) -> None:
+        if self.stretches and self.stretches[-1][1] == first - 1:
+            first = self.stretches.pop()[0]
+        self.stretches.append((first, last))
+
+
+def read_spools(directory: Path) -> dict[str, Spooled]:
+    """Process token to what its spool file holds. Files that vanish meanwhile were delivered."""
+    found: dict[str, Spooled] = {}
+    for path in directory.glob("*.ndjson"):
+        try:
+            found[path.stem] = _read(path)
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def _read(path: Path) -> Spooled:
+    spooled = Spooled()
+    rest = b""
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            lines, newline, rest = (rest + chunk).rpartition(b"\n")
+            if newline:
+                spooled.add(lines + newline)
+    return spooled

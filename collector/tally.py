@@ -1,0 +1,254 @@
+"""Counting what the database holds, from where the last audit stopped."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import apsw
+import msgspec
+
+from collector.ledger import Held, Range
+from collector.reader import Reader
+
+CHUNK_EVENTS = 100_000
+MAX_FAULTS = 1_000
+"""Ranges that are remembered. With more of them nothing is vouched for, and all is read again."""
+
+_NATIVE_ID = re.compile(r"([0-9a-f]{20})-([1-9][0-9]{0,17})")
+
+Run = tuple[str, int, int, int]
+"""A producer's token, first and last n, and the seq of the first."""
+
+_RUNS = """
+CREATE TEMP TABLE run (
+    first_seq INTEGER PRIMARY KEY, last_seq INTEGER, token TEXT, producer INTEGER, first_n INTEGER);
+CREATE TEMP TABLE opaque (seq INTEGER PRIMARY KEY, event_id TEXT);
+"""
+
+
+class Tally(msgspec.Struct, kw_only=True):
+    """What was counted up to `seq`: by process, by source where ids name no process, and the
+    ranges that are not as they should be."""
+
+    seq: int = 0
+    producers: dict[str, Held] = {}
+    foreign: dict[str, Held] = {}
+    truncated: int = 0
+    faults: list[Range] = []
+
+    def holds(self, producer: str) -> Held:
+        return self.producers.setdefault(producer, Held())
+
+    def holds_foreign(self, source: str) -> Held:
+        return self.foreign.setdefault(source, Held(source=source))
+
+
+class Names(dict[int, str]):
+    """Id in `_name` to its text."""
+
+    def __init__(self, db: apsw.Connection) -> None:
+        super().__init__()
+        self._db = db
+
+    def __missing__(self, key: int) -> str:
+        row: Any = self._db.execute("SELECT name FROM _name WHERE id = ?", (key,)).fetchone()
+        self[key] = row[0] if row else ""
+        return self[key]
+
+
+class Count:
+    """One reading of the database, within one read transaction: from `tally.seq` to `last_seq`.
+
+    `runs` and `opaque` are what the journal says lies there. Raises apsw.Error.
+    """
+
+    def __init__(self, reader: Reader, tally: Tally, last_seq: int) -> None:
+        self._db = reader.db
+        self._names = Names(reader.db)
+        self._tally = tally
+        self._last_seq = last_seq
+
+    def run(self, runs: Iterable[Run], opaque: Iterable[tuple[str, int]]) -> None:
+        """Bring the tally up to `last_seq`."""
+        first, last = self._tally.seq + 1, self._last_seq
+        self._db.execute(_RUNS)
+        try:
+            self._load(runs, opaque)
+            for low in range(first, last + 1, CHUNK_EVENTS):
+                self._count(low, min(low + CHUNK_EVENTS - 1, last))
+            for gap in gaps(self._db, first, last):
+                self._miss(max(gap.first_seq, first), min(gap.last_seq, last))
+            self._refusals(first, last)
+            self._losses(first, last)
+            self._compare(first, last)
+        finally:
+            self._db.execute("DROP TABLE temp.run; DROP TABLE temp.opaque")
+        self._tally.seq = last
+
+    def _count(self, low: int, high: int) -> None:
+        # Counted here, because SQLite would sort: half the time (`scripts/bench --audit`).
+        rows: list[Any] = self._db.execute(
+            "SELECT producer, iif(producer IS NULL, source, NULL) FROM _event"
+            " WHERE seq BETWEEN ? AND ?",
+            (low, high),
+        ).fetchall()
+        found = Counter(rows)
+        for (producer, source), events in found.items():
+            if producer is None:
+                self._foreign(source).stored += events
+            else:
+                held = self._tally.holds(self._names[producer])
+                held.stored += events
+                held.source = held.source or self._first_source(producer, low, high)
+        if found.total() != high - low + 1:
+            self._find_holes(low, high)
+
+    def _first_source(self, producer: int, low: int, high: int) -> str:
+        row: Any = self._db.execute(
+            "SELECT source FROM _event WHERE seq BETWEEN ? AND ? AND producer = ? LIMIT 1",
+            (low, high, producer),
+        ).fetchone()
+        return self._names[row[0]] if row[0] is not None else ""
+
+    def _foreign(self, source: int | None) -> Held:
+        return self._tally.holds_foreign("" if source is None else self._names[source])
+
+    def _refusals(self, first: int, last: int) -> None:
+        """What the bus and the bridges refused; from their accounts of it."""
+        if not self._has("_rows_rejected_events", "event_id", "raw_bytes"):
+            return
+        for producer, own_source, rule, event_id, source, cut in self._db.execute(
+            "SELECT e.producer, e.source, r.rule, r.event_id, r.source,"
+            " octet_length(r.raw) < r.raw_bytes"
+            " FROM _rows_rejected_events r JOIN _event e ON e.seq = r.seq"
+            " WHERE r.seq BETWEEN ? AND ? ORDER BY r.seq",
+            (first, last),
+        ):
+            tally = self._tally
+            tally.truncated += bool(cut)
+            conflict = rule is not None and self._names[rule] == "conflict"
+            token, n = _split(event_id)
+            if own_source is None or self._names[own_source] != "event_bus":
+                tally.holds(self._names[producer] if producer else "").refused += 1
+            elif not token:
+                held = self._foreign(source)
+                held.conflicts += conflict
+                held.rejected += not conflict
+            elif conflict:
+                tally.holds(token).conflicts += 1
+            else:
+                held = tally.holds(token)
+                if n > held.rejected_n:  # or it was sent again, as its answer was lost
+                    held.rejected += 1
+                    held.rejected_n = n
+
+    def _losses(self, first: int, last: int) -> None:
+        """What bridges said that they dropped."""
+        if not self._has("_rows_bridge_loss", "dropped_total", "reason"):
+            return
+        for token, total, reason in self._db.execute(
+            "SELECT producer, coalesce(dropped_total, dropped), reason FROM _rows_bridge_loss"
+            " WHERE seq BETWEEN ? AND ? ORDER BY seq",
+            (first, last),
+        ):
+            held = self._tally.holds(str(token))
+            if isinstance(total, int) and total > held.dropped:
+                held.dropped = total
+                held.reason = self._names[reason] if isinstance(reason, int) else ""
+
+    def _has(self, table: str, *columns: str) -> bool:
+        found = {row[1] for row in self._db.execute(f"PRAGMA table_info({table})")}
+        return found.issuperset(columns)
+
+    def _load(self, runs: Iterable[Run], opaque: Iterable[tuple[str, int]]) -> None:
+        ids: dict[str, int] = {}
+
+        def rows() -> Iterator[tuple[int, int, str, int, int]]:
+            for token, first_n, last_n, first_seq in runs:
+                if token not in ids:
+                    row: Any = self._db.execute(
+                        "SELECT id FROM _name WHERE name = ?", (token,)
+                    ).fetchone()
+                    ids[token] = row[0] if row else -1
+                yield first_seq, first_seq + last_n - first_n, token, ids[token], first_n
+
+        self._db.executemany("INSERT OR IGNORE INTO temp.run VALUES (?,?,?,?,?)", rows())
+        self._db.executemany("INSERT OR IGNORE INTO temp.opaque VALUES (?2,?1)", opaque)
+
+    def _compare(self, first: int, last: int) -> None:
+        """Note rows that hold another event than the journal says."""
+        differing = self._db.execute(
+            "SELECT e.seq, r.token FROM temp.run r CROSS JOIN _event e ON e.seq"
+            " BETWEEN max(r.first_seq, ?1) AND min(r.last_seq, ?2)"
+            " WHERE e.producer IS NOT r.producer OR e.n IS NOT r.first_n + e.seq - r.first_seq"
+            " UNION ALL"
+            " SELECT e.seq, NULL FROM temp.opaque o CROSS JOIN _event e ON e.seq = o.seq"
+            " LEFT JOIN _name p ON p.id = e.producer"
+            " WHERE o.seq BETWEEN ?1 AND ?2"
+            " AND coalesce(p.name || '-', '') || e.n IS NOT o.event_id ORDER BY 1",
+            (first, last),
+        )
+        for seq, token in differing:
+            if token is not None:
+                self._tally.holds(token).missing += 1
+            self._note("differs", seq, seq)
+
+    def _find_holes(self, low: int, high: int) -> None:
+        """Note what has no row and lies in no recorded gap."""
+        for first, last in self._db.execute(
+            "SELECT previous + 1, a - 1 FROM (SELECT a, max(b) OVER"
+            " (ORDER BY a, b ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS previous FROM"
+            " (SELECT ?1 - 1 AS a, ?1 - 1 AS b"
+            "  UNION ALL SELECT seq, seq FROM _event WHERE seq BETWEEN ?1 AND ?2"
+            "  UNION ALL SELECT max(first_seq, ?1), min(last_seq, ?2) FROM _gap"
+            "   WHERE last_seq >= ?1 AND first_seq <= ?2"
+            "  UNION ALL SELECT ?2 + 1, ?2 + 1)) WHERE a > previous + 1",
+            (low, high),
+        ):
+            self._note("hole", first, last)
+            self._miss(first, last)
+
+    def _note(self, kind: str, first: int, last: int) -> None:
+        events = last - first + 1
+        before = self._tally.faults[-1] if self._tally.faults else None
+        if before is not None and (before.kind, before.last_seq) == (kind, first - 1):
+            before.last_seq = last
+            before.events += events
+        else:
+            self._tally.faults.append(
+                Range(kind=kind, first_seq=first, last_seq=last, events=events)
+            )
+
+    def _miss(self, low: int, high: int) -> None:
+        """Count the events of a range without rows as missing, whose they are by the journal."""
+        for token, events in self._db.execute(
+            "SELECT token, sum(min(last_seq, ?2) - max(first_seq, ?1) + 1) FROM temp.run"
+            " WHERE last_seq >= ?1 AND first_seq <= ?2 GROUP BY token",
+            (low, high),
+        ):
+            self._tally.holds(token).missing += events
+
+
+def gaps(db: apsw.Connection, first: int, last: int) -> list[Range]:
+    """Recorded gaps that touch the range, with how many events in it they hide."""
+    columns = {row[1] for row in db.execute("PRAGMA table_info(_gap)")}
+    reason = "reason" if "reason" in columns else "''"
+    return [
+        Range(kind="gap", first_seq=a, last_seq=b, events=events, at=at, reason=reason or "")
+        for a, b, at, reason, events in db.execute(
+            f"SELECT first_seq, last_seq, found_at, {reason},"
+            " min(last_seq, ?2) - max(first_seq, ?1) + 1 - (SELECT count(*) FROM _event"
+            "  WHERE seq BETWEEN max(first_seq, ?1) AND min(last_seq, ?2))"
+            " FROM _gap WHERE last_seq >= ?1 AND first_seq <= ?2 ORDER BY first_seq",
+            (first, last),
+        )
+    ]
+
+
+def _split(event_id: Any) -> tuple[str, int]:
+    """Token and number of an id that names its process; ("", 0) of any other."""
+    native = _NATIVE_ID.fullmatch(event_id) if isinstance(event_id, str) else None
+    return (native[1], int(native[2])) if native else ("", 0)
