@@ -10,6 +10,7 @@ from pathlib import Path
 
 import kills  # noqa: F401 - each theme puts its drills into the table
 import power  # noqa: F401
+import windows  # noqa: F401
 from harness import DRILLS, Drill, Result, run, unmet
 
 SEED = 1

@@ -11,6 +11,8 @@ from typing import Any
 import psutil
 from system import System, wait_until
 
+from event_bus.supervisor import dying_with_parent
+
 INJECT = Path(__file__).parent / "inject"
 NAMES = ("bus", "collect")
 
@@ -31,7 +33,10 @@ class Up:
         self.log = directory / "up.log"
         with self.log.open("a") as log:
             self.process = system.popen(
-                *("-m", "event_bus", "up"), stdout=log, env=with_fault(system.environ, fault)
+                *("-m", "event_bus", "up"),
+                stdout=log,
+                env=with_fault(system.environ, fault),
+                preexec_fn=dying_with_parent(),
             )
 
     def wait_serving(self) -> None:

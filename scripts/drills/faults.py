@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import disk
+import killpoints
 
 
-def arm(fault: str) -> None:
-    name, _, argument = fault.partition(":")
-    FAULTS[name](argument)
+
+def arm(faults: str) -> None:
+    """Several are separated by semicolons; what follows a colon is the fault's own."""
+    for fault in faults.split(";"):
+        name, _, argument = fault.partition(":")
+        FAULTS[name](argument)
 
 
 def _program() -> str:
@@ -64,8 +69,9 @@ def record(path: str) -> None:
         disk.arm(path)
 
 
-FAULTS = {
+FAULTS: dict[str, Callable[[str], None]] = {
     "record": record,
+    "kill": killpoints.arm,
     "ack-before-fsync": ack_before_fsync,
     "one-event-dropped": one_event_dropped,
 }

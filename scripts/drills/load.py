@@ -7,9 +7,12 @@ import signal
 import subprocess
 from pathlib import Path
 
+from daemons import with_fault
 from publisher import FLUSH_S
 from record import Record
 from system import System, wait_until
+
+from event_bus.supervisor import dying_with_parent
 
 PUBLISHERS = 8
 RATE = 1_000.0
@@ -36,7 +39,7 @@ class Load:
         self._paths: list[Path] = []
         self.processes: list[subprocess.Popen[str]] = [self._start() for _ in range(publishers)]
 
-    def _start(self) -> subprocess.Popen[str]:
+    def _start(self, **environ: str) -> subprocess.Popen[str]:
         path = self._directory / f"publisher-{len(self._paths) + 1}"
         self._paths.append(path)
         with path.with_suffix(".log").open("w") as log:
@@ -45,6 +48,8 @@ class Load:
                 *(str(path), str(self._rate), str(self._rng.randrange(1 << 30))),
                 *(["--lie"] if self._lie else []),
                 stdout=log,
+                env=environ,
+                preexec_fn=dying_with_parent(),
             )
 
     def wait_started(self) -> None:
@@ -57,6 +62,14 @@ class Load:
         self.processes[place].kill()
         self.processes[place].wait()
         self.processes[place] = self._start()
+
+    def one_more(self, *, fault: str = "", **environ: str) -> subprocess.Popen[str]:
+        """A publisher beside the load, with a fault of faults.py or settings of its own; it is
+        the drill's to end, and its record is checked with the others."""
+        extra = with_fault(self._system.environ, fault) | environ
+        process = self._start(**extra)
+        self.wait_started()
+        return process
 
     def burst(self) -> None:
         """Each publisher emits 2,500 events at once."""
