@@ -29,14 +29,18 @@ def drill(tmp_path: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
     return done.returncode, json.loads(found.read_text())["drills"]
 
 
-@pytest.mark.parametrize("name", ["sigkill"])
+QUICK = ("sigkill", "duplicates")
+"""`.ci/run` runs all of them, by `scripts/drill --short all`."""
+
+
+@pytest.mark.parametrize("name", QUICK)
 def test_planted_fault_makes_the_drill_red(tmp_path: Path, name: str) -> None:
     code, (result,) = drill(tmp_path, "--plant", name)
     assert (code, result["result"]) == (1, "BROKEN"), result
     assert result["breaches"]
 
 
-@pytest.mark.parametrize("name", ["sigkill"])
+@pytest.mark.parametrize("name", QUICK)
 def test_quick_drill_holds(tmp_path: Path, name: str) -> None:
     code, (result,) = drill(tmp_path, name)
     assert (code, result["result"]) == (0, "held"), result

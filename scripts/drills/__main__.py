@@ -8,10 +8,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import kills  # noqa: F401 - each theme puts its drills into the table
-import power  # noqa: F401
-import windows  # noqa: F401
-from harness import DRILLS, Drill, Result, run, unmet
+from catalogue import DRILLS
+from harness import Drill, Result, run, unmet
 
 SEED = 1
 COLUMNS = ("published", "acked", "stored", "waiting", "killed", "dropped", "duplicates", "holes")

@@ -15,7 +15,6 @@ import disk
 import killpoints
 
 
-
 def arm(faults: str) -> None:
     """Several are separated by semicolons; what follows a colon is the fault's own."""
     for fault in faults.split(";"):
@@ -69,9 +68,25 @@ def record(path: str) -> None:
         disk.arm(path)
 
 
+def conflicts_unseen(_: str) -> None:
+    """The bus does not look at the content of an id that it has seen."""
+    if _program() != "bus":
+        return
+    from event_bus import envelope
+    from event_bus.intake import Intake
+
+    stored_line = Intake._stored_line
+
+    def careless(self: Any, event: Any) -> bytes | None:
+        return None if stored_line(self, event) is None else envelope.encode(event)
+
+    Intake._stored_line = careless  # type: ignore[method-assign]
+
+
 FAULTS: dict[str, Callable[[str], None]] = {
     "record": record,
     "kill": killpoints.arm,
     "ack-before-fsync": ack_before_fsync,
+    "conflicts-unseen": conflicts_unseen,
     "one-event-dropped": one_event_dropped,
 }

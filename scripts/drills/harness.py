@@ -150,12 +150,15 @@ class Trial:
         """End all publishers in good order, let everything be stored, stop the daemons."""
         if self.load is not None:
             self.load.stop()
-        if self.up is None:
-            return
+        self.wait_all_stored()
+        if self.up is not None:
+            self.up.stop()
+
+    def wait_all_stored(self) -> None:
+        """Wait until the bus has taken in every spool and the database holds all it has."""
         spool = self.system.settings.spool
         wait_until(lambda: not list(spool.glob("*.ndjson")), "the spool is empty", SETTLE_S)
         wait_until(self.all_stored, "the database holds all of the journal", SETTLE_S)
-        self.up.stop()
 
     def all_stored(self) -> bool:
         """True once the database has all that the bus has."""

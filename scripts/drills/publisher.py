@@ -14,7 +14,6 @@ With --lie it claims acknowledgements it has not got: the checker must notice.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
@@ -23,6 +22,7 @@ from typing import Any
 
 import mix
 from record import RecordWriter
+from waits import OwnWaits
 
 from event_bus import event_bridge
 
@@ -30,6 +30,7 @@ LIMIT_NS = 20_000_000
 BURST = 2_500
 FLUSH_S = 30.0
 POOL = 4_000
+WAITS = OwnWaits()
 
 
 def main() -> None:
@@ -62,7 +63,7 @@ def main() -> None:
 def _call(record: RecordWriter, pool: list[mix.Event], calls: int) -> int:
     event_type, data, fields = pool[calls % len(pool)]
     record["attempted"] = calls + 1
-    waited = _waited_ns()
+    waited = WAITS.total_ns()
     before = time.perf_counter_ns()
     event_id = None
     try:
@@ -73,7 +74,7 @@ def _call(record: RecordWriter, pool: list[mix.Event], calls: int) -> int:
         record["raised"] += 1
     took = time.perf_counter_ns() - before
     if calls:  # the first call of a process loads the validator
-        blocked = took - (_waited_ns() - waited)
+        blocked = took - (WAITS.total_ns() - waited)
         record["slow"] += took > LIMIT_NS
         record["blocked"] += blocked > LIMIT_NS
         record["slowest_us"] = max(record["slowest_us"], took // 1000)
@@ -83,18 +84,6 @@ def _call(record: RecordWriter, pool: list[mix.Event], calls: int) -> int:
             record.name(event_id[:20])
         record["returned"] += 1
     return calls + 1
-
-
-def _waited_ns() -> int:
-    """How long the threads of this process were ready and had no CPU, in all."""
-    total = 0
-    for task in os.listdir("/proc/self/task"):  # noqa: PTH208 - a tenth of Path's cost
-        try:
-            with open(f"/proc/self/task/{task}/schedstat", "rb") as file:  # noqa: PTH123
-                total += int(file.read().split()[1])
-        except FileNotFoundError:  # a thread that has just ended
-            continue
-    return total
 
 
 def _note(record: RecordWriter) -> None:

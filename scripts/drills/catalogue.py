@@ -1,0 +1,11 @@
+"""Every drill there is: importing a theme puts its drills into the table."""
+
+import duplicates
+import kills
+import power
+import soak
+import subscribers
+import windows
+from harness import DRILLS
+
+__all__ = ["DRILLS", "duplicates", "kills", "power", "soak", "subscribers", "windows"]
