@@ -29,7 +29,7 @@ def drill(tmp_path: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
     return done.returncode, json.loads(found.read_text())["drills"]
 
 
-QUICK = ("sigkill", "duplicates")
+QUICK = ("sigkill", "duplicates", "backup")
 """`.ci/run` runs all of them, by `scripts/drill --short all`."""
 
 

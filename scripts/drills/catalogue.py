@@ -1,5 +1,6 @@
 """Every drill there is: importing a theme puts its drills into the table."""
 
+import backups
 import duplicates
 import kills
 import power
@@ -8,4 +9,4 @@ import subscribers
 import windows
 from harness import DRILLS
 
-__all__ = ["DRILLS", "duplicates", "kills", "power", "soak", "subscribers", "windows"]
+__all__ = ["DRILLS", "backups", "duplicates", "kills", "power", "soak", "subscribers", "windows"]
