@@ -9,8 +9,8 @@ from typing import Any
 import apsw
 import msgspec
 
+from collector.layout import LAST_SEQ, check_version, is_blank
 from collector.relations import Relation
-from collector.store import LAST_SEQ, check_version, is_blank
 from event_bus import database
 from event_bus.errors import DatabaseError, DatabaseMissing
 
@@ -93,6 +93,11 @@ class Reader:
         """Everything up to here is stored or recorded as a gap."""
         return int(self.rows(f"{LAST_SEQ} AS seq")[0]["seq"])
 
+    def journal_id(self) -> str | None:
+        """The journal that these events came from."""
+        rows = self.rows("SELECT value FROM _meta WHERE key = 'journal_id'")
+        return rows[0]["value"] if rows else None
+
     def stats(self) -> dict[str, Any]:
         """See DataCollector.get_stats."""
         by_type = {
@@ -108,7 +113,7 @@ class Reader:
             "events_stored": sum(by_type.values()),
             "events_rejected": by_type.get("event_rejected", 0),
             "last_seq": self.last_seq(),
-            "gaps": self.rows("SELECT first_seq, last_seq, found_at FROM _gap ORDER BY first_seq"),
+            "gaps": self.rows("SELECT * FROM _gap ORDER BY first_seq"),
             "by_type": by_type,
             "database": str(self.path),
             "database_bytes": self.path.stat().st_size,

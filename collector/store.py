@@ -3,60 +3,41 @@
 Tables begin with an underscore; analysts read the views `events` and one for each event type.
 `_event` has a row for every event, and its highest seq is the collector's cursor. Texts that
 repeat (types, sources, symbols, producers) are stored once, in `_name`. `_gap` has the ranges of
-seq that were gone from the journal before they could be stored. `_opening` has a row for each time
-that the collector opened the database.
+seq that were gone from the journal before they could be stored, and why. `_opening` has a row for
+each time that the collector opened the database.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import secrets
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import apsw
 import msgspec
 
+from collector import layout
 from collector.columns import rows
+from collector.layout import LAST_SEQ, aside
 from collector.relations import Relation, events_view_sql
 from event_bus import database
 from event_bus.envelope import Envelope
-from event_bus.errors import DatabaseError, DatabaseUnavailable, SchemaError
+from event_bus.errors import DatabaseError, DatabaseReplaced, DatabaseUnavailable, SchemaError
 from event_bus.event_schema import EventType, Registry
 from event_bus.subscriber import Batch
 
 log = logging.getLogger(__name__)
 
-APPLICATION_ID = 0x42495445  # "BITE"
-VERSION = 1
 BUSY_TIMEOUT_MS = 500
 """Short, because nothing else happens meanwhile, a stop included; the caller tries again."""
 
 CACHE_KIB = 8_000
 MAX_CACHED_NAMES = 50_000
-
-_SCHEMA = """
-CREATE TABLE _meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
-CREATE TABLE _name (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
-CREATE TABLE _relation (type INTEGER PRIMARY KEY, definition TEXT NOT NULL);
-CREATE TABLE _count (type INTEGER PRIMARY KEY, stored INTEGER NOT NULL);
-CREATE TABLE _batch (first_seq INTEGER PRIMARY KEY, received_at REAL NOT NULL);
-CREATE TABLE _gap (
-    first_seq INTEGER PRIMARY KEY, last_seq INTEGER NOT NULL, found_at REAL NOT NULL);
-CREATE TABLE _event (
-    seq INTEGER PRIMARY KEY, type INTEGER NOT NULL, timestamp REAL NOT NULL, source INTEGER,
-    user_id TEXT, correlation_id TEXT, causation_id TEXT, producer INTEGER, n, data TEXT);
-CREATE INDEX _event_type ON _event (type);
-CREATE INDEX _event_timestamp ON _event (timestamp);
-CREATE INDEX _event_source ON _event (source);
-CREATE INDEX _event_user_id ON _event (user_id) WHERE user_id IS NOT NULL;
-CREATE INDEX _event_correlation_id ON _event (correlation_id) WHERE correlation_id IS NOT NULL;
-"""
+COPIED_PAGES = 2_000
 
 _ADD_COUNT = (
     "INSERT INTO _count VALUES (?,?) ON CONFLICT DO UPDATE SET stored = stored + excluded.stored"
@@ -64,16 +45,6 @@ _ADD_COUNT = (
 _ADD_META = (
     "INSERT INTO _meta VALUES (?,?) ON CONFLICT DO UPDATE SET value = value + excluded.value"
 )
-LAST_SEQ = (
-    "SELECT max(coalesce((SELECT max(seq) FROM _event), 0),"
-    " coalesce((SELECT max(last_seq) FROM _gap), 0))"
-)
-_OPENING = (
-    "CREATE TABLE IF NOT EXISTS _opening"
-    " (id INTEGER PRIMARY KEY, token TEXT NOT NULL, last_seq INTEGER NOT NULL)"
-)
-_NOTE_OPENING = f"INSERT INTO _opening (token, last_seq) VALUES (?, ({LAST_SEQ}))"
-"""An older copy of the database begins lower again: so an audit knows what it may rely on."""
 
 
 class Names(dict[str | None, int | None]):
@@ -103,22 +74,15 @@ class Names(dict[str | None, int | None]):
 class Store:
     """Opens or creates the database for writing.
 
-    Raises DatabaseUnavailable where trying again helps and DatabaseError where it does not, also
-    from every method. A method that raises has changed nothing.
+    Raises DatabaseUnavailable where trying again helps, DatabaseCorrupt where a new file does, and
+    DatabaseError where neither does, also from every method. A method that raises has changed
+    nothing.
     """
 
     def __init__(self, path: Path, registry: Registry) -> None:
         self.path = path
-        try:
-            # SQLite gives the files beside it the same rights.
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        except FileExistsError:
-            pass  # opened below
-        except OSError as e:
-            raise DatabaseError(
-                f"cannot create {path}: {e.strerror}",
-                hint="make its directory writable, or set BITTEN_DB to a file elsewhere",
-            ) from e
+        with contextlib.suppress(FileExistsError):
+            layout.create(path)
         with self._errors("open"):
             self._db = database.connect(path, busy_timeout_ms=BUSY_TIMEOUT_MS)
         self._names = Names(self._db)
@@ -128,28 +92,26 @@ class Store:
                 self._prepare()
             self.learn(registry)
         except BaseException:
-            self._db.close()
+            self.abandon()
             raise
+        self._files = self._identity()
 
     def _prepare(self) -> None:
-        new = is_blank(self._db)
+        new = layout.is_blank(self._db)
         if not new:
-            check_version(self._db, self.path)
+            layout.check_version(self._db, self.path)
+            layout.check_tables(self._db, self.path)
         self._db.execute("PRAGMA journal_mode=WAL")
         # The journal may be cut as soon as this is stored: a power loss must not undo it then.
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
         self._db.execute("PRAGMA wal_autocheckpoint=4000")  # 16 MB: a twentieth faster than 4 MB
         self._db.execute("PRAGMA journal_size_limit=67108864")
-        if new:
-            with self._transaction():
-                self._db.execute(_SCHEMA)
-                self._db.execute(f"PRAGMA application_id={APPLICATION_ID}")
-                self._db.execute(f"PRAGMA user_version={VERSION}")
         with self._transaction():
-            self._db.execute(_OPENING)
-            self._db.execute(_NOTE_OPENING, (secrets.token_hex(8),))
-        self._inode = self.path.stat().st_ino
+            if new:
+                layout.make_tables(self._db)
+            layout.bring_up_to_date(self._db)
+            layout.note_opening(self._db)
 
     @property
     def last_seq(self) -> int:
@@ -293,12 +255,24 @@ class Store:
         split = [_split_id(i) for i in ids]
         return [self._names[token] for token, _ in split], [n for _, n in split]
 
-    def record_gap(self, first_seq: int, last_seq: int, journal_id: str) -> int:
-        """Note that these events can no longer be stored; returns how many they are."""
+    def record_gap(self, first_seq: int, last_seq: int, journal_id: str, reason: str) -> int:
+        """Note that these events can no longer be stored, and why; returns how many they are."""
         with self._transaction():
             self._bind(journal_id)
-            self._db.execute("INSERT INTO _gap VALUES (?,?,?)", (first_seq, last_seq, time.time()))
+            self._insert_gap(first_seq, last_seq, reason)
         return last_seq - first_seq + 1
+
+    def _insert_gap(self, first_seq: int, last_seq: int, reason: str) -> None:
+        self._db.execute(
+            "INSERT INTO _gap (first_seq, last_seq, found_at, reason) VALUES (?,?,?,?)",
+            (first_seq, last_seq, time.time(), reason),
+        )
+
+    @property
+    def journal_id(self) -> str | None:
+        """The journal that the events stored here came from; None before the first one."""
+        known: str | None = self._value("SELECT value FROM _meta WHERE key = 'journal_id'")
+        return known
 
     def _bind(self, journal_id: str) -> None:
         self.check_journal(journal_id)
@@ -306,24 +280,78 @@ class Store:
 
     def check_journal(self, journal_id: str) -> None:
         """Raise DatabaseError unless the events stored here came from that journal."""
-        known = self._value("SELECT value FROM _meta WHERE key = 'journal_id'")
+        known = self.journal_id
         if known not in (None, journal_id):
             raise DatabaseError(
                 f"{self.path} was filled from journal {known}, the bus now writes {journal_id}",
-                hint=f"restore that journal.db, or {_aside(self.path)} to begin a new database",
+                hint=f"restore that journal.db, or {aside(self.path)} to begin a new database",
             )
 
+    def follow(self, journal_id: str, origin_seq: int) -> None:
+        """Go on with a journal that was begun after another was lost.
+
+        `origin_seq` is the first seq it ever had. Raises DatabaseError if that is not above all
+        that is stored here: then it is no successor.
+        """
+        if origin_seq <= self.last_seq:
+            self.check_journal(journal_id)
+        with self._transaction():
+            self._db.execute("INSERT OR REPLACE INTO _meta VALUES ('journal_id', ?)", (journal_id,))
+
     def check_file(self) -> None:
-        """Raise DatabaseError if the file was removed or replaced: its rows would go nowhere."""
-        try:
-            inode = self.path.stat().st_ino
-        except OSError:
-            inode = -1
-        if inode != self._inode:
-            raise DatabaseError(
-                f"{self.path} was removed or replaced while the collector had it open",
-                hint="start the collector again; a new database is filled from the journal",
+        """Raise DatabaseReplaced if a file of it was removed or replaced: rows would go nowhere."""
+        if self._identity() != self._files:
+            raise DatabaseReplaced(
+                f"{self.path} was removed or replaced while the collector had it open"
             )
+
+    def is_at_path(self) -> bool:
+        """True if the file at the path is the one that is open, whatever became of its -wal."""
+        return self._identity()[0] == self._files[0]
+
+    def _identity(self) -> list[tuple[int, int] | None]:
+        found: list[tuple[int, int] | None] = []
+        for suffix in layout.SUFFIXES:
+            try:
+                stat = Path(f"{self.path}{suffix}").stat()
+                found.append((stat.st_dev, stat.st_ino))
+            except OSError:
+                found.append(None)
+        return found
+
+    def copy_to(self, path: Path, on_step: Callable[[], None]) -> None:
+        """Write all of it, also of a file that was removed, to a new file, synced to disk.
+
+        `on_step` is called every so often meanwhile.
+        """
+        path.unlink(missing_ok=True)
+        layout.create(path)
+        with layout.errors("write", path):
+            copy = database.connect(path)
+            try:
+                with copy.backup("main", self._db, "main") as backup:
+                    while not backup.done:
+                        backup.step(COPIED_PAGES)
+                        on_step()
+            finally:
+                copy.close()
+
+    def shrink_wal(self) -> bool:
+        """Copy the WAL into the database and truncate it; False if a reader is in the way."""
+        try:
+            with self._errors("write"):
+                frames, copied = self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+                if copied < frames:  # so that nothing waits for a reader that will not end
+                    return False
+                self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        except DatabaseUnavailable:
+            return False
+        return True
+
+    def abandon(self) -> None:
+        """Close it and leave its files as they are."""
+        self._db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        self._db.close()
 
     def close(self) -> None:
         self._db.close()
@@ -347,38 +375,8 @@ class Store:
                 self._names.forget()
                 raise
 
-    @contextlib.contextmanager
-    def _errors(self, verb: str) -> Iterator[None]:
-        try:
-            yield
-        except apsw.Error as e:
-            passing = isinstance(e, apsw.BusyError | apsw.FullError | apsw.IOError)
-            kind = DatabaseUnavailable if passing else DatabaseError
-            raise kind(f"cannot {verb} {self.path}: {e}", hint=_hint(e, self.path)) from e
-
-
-def is_blank(db: apsw.Connection) -> bool:
-    """True if nothing was ever stored here: a new file, or one whose making was cut short."""
-    tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    application = db.execute("PRAGMA application_id").fetchone()
-    return tables == (0,) and application == (0,)
-
-
-def check_version(db: apsw.Connection, path: Path) -> None:
-    """Raise DatabaseError unless this is an events database of the version known here."""
-    (application,) = db.execute("PRAGMA application_id").fetchone() or (0,)
-    (version,) = db.execute("PRAGMA user_version").fetchone() or (0,)
-    if application != APPLICATION_ID:
-        raise DatabaseError(
-            f"{path} is an SQLite database of another program",
-            hint=f"{_aside(path)} or set BITTEN_DB to another file",
-        )
-    if version != VERSION:
-        raise DatabaseError(
-            f"{path} has version {version}, this program knows {VERSION}",
-            hint=f"install the bitten-event-bus that wrote it, or {_aside(path)};"
-            " a new one is filled from the journal",
-        )
+    def _errors(self, verb: str) -> contextlib.AbstractContextManager[None]:
+        return layout.errors(verb, self.path)
 
 
 def _split_id(event_id: str) -> tuple[str | None, int | str]:
@@ -386,17 +384,3 @@ def _split_id(event_id: str) -> tuple[str | None, int | str]:
     if event_id[20:21] == "-" and tail.isascii() and tail.isdigit() and tail[0] != "0":
         return token, int(tail) if len(tail) < 19 else tail
     return None, event_id
-
-
-def _aside(path: Path) -> str:
-    return f"move it aside (mv {path} {path}.old)"
-
-
-def _hint(error: apsw.Error, path: Path) -> str:
-    if isinstance(error, apsw.BusyError):
-        return "end the other program's transaction; nothing is lost, events wait in the journal"
-    if isinstance(error, apsw.FullError):
-        return "free some disk space; nothing is lost, events wait in the journal"
-    if isinstance(error, apsw.NotADBError | apsw.CorruptError):
-        return f"{_aside(path)}; a new one is filled from the journal"
-    return "check that the file and its directory are writable, and the disk"

@@ -10,8 +10,8 @@ from typing import Any
 
 import apsw
 
+from collector.layout import LAST_SEQ, check_version
 from collector.manifest import DatabaseFacts, JournalFacts
-from collector.store import LAST_SEQ, check_version
 from event_bus import database
 from event_bus.errors import BackupError
 from event_bus.journal import APPLICATION_ID

@@ -14,7 +14,7 @@ from typing import Any
 import apsw
 import msgspec
 
-from collector.store import LAST_SEQ
+from collector.layout import LAST_SEQ
 from collector.tally import MAX_FAULTS, Tally
 
 FILE = "audit.json"

@@ -13,7 +13,9 @@ BittenError
 │   └── JournalFull    there is no space left for it; worth trying again
 ├── DatabaseError      bitten_events.db is foreign, of another version or unusable
 │   ├── DatabaseMissing      nobody has made it yet
-│   └── DatabaseUnavailable  locked, or its disk is full; worth trying again
+│   ├── DatabaseUnavailable  locked, or its disk is full; worth trying again
+│   ├── DatabaseCorrupt      damaged; the collector moves it aside and fills a new one
+│   └── DatabaseReplaced     its file was removed or replaced while it was open
 └── BackupError        a backup cannot be made, found or restored, or is not whole
 
 A message says what, where and why; `hint` says what to do about it.
@@ -105,6 +107,14 @@ class DatabaseMissing(DatabaseError):
 
 
 class DatabaseUnavailable(DatabaseError):
+    pass
+
+
+class DatabaseCorrupt(DatabaseError):
+    pass
+
+
+class DatabaseReplaced(DatabaseError):
     pass
 
 

@@ -30,6 +30,10 @@ MAX_MESSAGE_BYTES = 8 << 20
 """Longest frame the broker takes; a connection that sends a longer one is cut."""
 
 
+MAX_PROBLEM = 500
+"""Characters that a consumer may say its problem in."""
+
+
 class FetchRequest(msgspec.Struct, omit_defaults=True, kw_only=True):
     """Ask for events from seq `from_seq`, or from the first one received at `from_time`.
 
@@ -45,7 +49,7 @@ class FetchRequest(msgspec.Struct, omit_defaults=True, kw_only=True):
     wait_ms: int = 0
     consumer: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
     stored_seq: Annotated[int, Meta(ge=0)] | None = None
-    problem: Annotated[str, Meta(max_length=500)] = ""
+    problem: Annotated[str, Meta(max_length=MAX_PROBLEM)] = ""
 
 
 class BatchHead(msgspec.Struct, frozen=True, array_like=True):

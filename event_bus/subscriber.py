@@ -64,7 +64,8 @@ class Batch(msgspec.Struct, frozen=True):
 class Cursor:
     """What to ask the broker next, and what its answers mean. No sockets.
 
-    `next_seq` is None until the first answer when the start is a time or now.
+    `next_seq` is None until the first answer when the start is a time or now. `problem` is what a
+    durable consumer says keeps it from storing more; empty if nothing does.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Cursor:
         self._stored_seq = next_seq
         self.last_seq = 0
         self.journal_id = ""
+        self.problem = ""
         self._from_time = from_time
         self._consumer = consumer
         self._wait_ms = wait_ms
@@ -91,6 +93,7 @@ class Cursor:
                 wait_ms=self._wait_ms if self.next_seq is not None else 0,
                 consumer=self._consumer,
                 stored_seq=self._stored_seq if self._consumer else None,
+                problem=self.problem[: protocol.MAX_PROBLEM],
             )
         )
 

@@ -247,14 +247,6 @@ def test_database_that_is_not_ours_ends_the_start(system: System, damage: str, w
     assert words in refused(system)
 
 
-def test_corrupt_database_ends_the_start(system: System) -> None:
-    system.settings.make_home()
-    system.db.write_bytes(b"garbage!" * 1000)
-    line = refused(system)
-    assert "not a database; move it aside (mv " in line
-    assert system.db.read_bytes() == b"garbage!" * 1000
-
-
 def test_missing_directory_ends_the_start(system: System, tmp_path: Path) -> None:
     system.environ["BITTEN_DB"] = str(tmp_path / "nowhere" / "events.db")
     assert f"no directory {tmp_path}/nowhere for the database; create it" in refused(system)
@@ -347,21 +339,6 @@ def test_events_trimmed_before_they_were_stored_are_a_recorded_gap(collected: Sy
     collected.wait_stored()
     stop(again)
     assert len(DataCollector(collected.db).get_stats()["gaps"]) == 1
-
-
-def test_removed_database_ends_the_collector_and_the_next_one_fills_a_new_one(
-    collected: System,
-) -> None:
-    collector = collected.start_collector()
-    said(collector, "storing into")
-    for path in collected.home.glob("bitten_events.db*"):
-        if not path.name.endswith(".lock"):
-            path.unlink()
-    assert "was removed or replaced" in said(collector, "bitten: ")
-    assert collector.wait(timeout=10) == 4
-    collected.start_collector()
-    last = collected.wait_stored()
-    assert seqs(collected) == (last, last, last)
 
 
 def own_schema(system: System, name: str, **properties: str) -> None:

@@ -101,7 +101,7 @@ def test_stats_count_what_came_and_what_is_stored_over_restarts(path: Path) -> N
     again = [tick(), tick()]
     store.write([Batch(7, 1.0, again)], JOURNAL)
     store.write([Batch(7, 1.0, again)], JOURNAL)
-    store.record_gap(9, 19, JOURNAL)
+    store.record_gap(9, 19, JOURNAL, "trimmed")
     write(store, tick())
     store.close()
     stats = DataCollector(path).get_stats()

@@ -20,7 +20,12 @@ from hypothesis import strategies as st
 from collector import store as store_module
 from collector.store import Store
 from event_bus.envelope import Envelope, decode_lines, encode_lines
-from event_bus.errors import DatabaseError, DatabaseUnavailable
+from event_bus.errors import (
+    DatabaseCorrupt,
+    DatabaseError,
+    DatabaseReplaced,
+    DatabaseUnavailable,
+)
 from event_bus.event_schema import EventType, Registry
 from event_bus.subscriber import Batch
 
@@ -308,7 +313,7 @@ def test_batch_behind_a_hole_is_refused(store: Store) -> None:
 
 
 def test_recorded_gap_moves_the_cursor_and_survives(store: Store) -> None:
-    store.record_gap(1, 41, JOURNAL)
+    store.record_gap(1, 41, JOURNAL, "trimmed")
     assert store.last_seq == 41
     assert write(store, tick()) == 42
     other = Store(store.path, REGISTRY)
@@ -321,7 +326,7 @@ def test_another_journal_is_refused(store: Store) -> None:
     with pytest.raises(DatabaseError, match=r"filled from journal journal-1.* restore"):
         store.write([Batch(2, 1.0, [tick()])], "journal-2")
     with pytest.raises(DatabaseError, match="filled from journal journal-1"):
-        store.record_gap(2, 9, "journal-2")
+        store.record_gap(2, 9, "journal-2", "trimmed")
     assert store.last_seq == 1
 
 
@@ -399,17 +404,17 @@ def test_database_of_another_version_is_left_alone(tmp_path: Path, version: int)
 def test_corrupt_file_is_named_with_what_to_do(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     path.write_bytes(b"no database" * 1000)
-    with pytest.raises(DatabaseError, match="not a database; move it aside"):
+    with pytest.raises(DatabaseCorrupt, match="not a database; the collector moves it aside"):
         Store(path, REGISTRY)
 
 
 def test_removed_or_replaced_file_is_noticed(store: Store) -> None:
     write(store, tick())
     store.path.unlink()
-    with pytest.raises(DatabaseError, match="removed or replaced"):
+    with pytest.raises(DatabaseReplaced, match="removed or replaced"):
         store.write([Batch(2, 1.0, [tick()])], JOURNAL)
     store.path.touch()
-    with pytest.raises(DatabaseError, match="removed or replaced"):
+    with pytest.raises(DatabaseReplaced, match="removed or replaced"):
         store.check_file()
 
 

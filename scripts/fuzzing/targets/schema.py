@@ -9,8 +9,8 @@ import apsw
 import words
 
 from collector.columns import rows
+from collector.layout import TABLES
 from collector.relations import Relation, events_view_sql
-from collector.store import _SCHEMA
 from event_bus.errors import RejectedEvent, SchemaError
 from event_bus.event_schema import Registry
 
@@ -60,7 +60,7 @@ class Target:
 
     def _make(self, relation: Relation, datas: list[dict[str, object]]) -> None:
         db = apsw.Connection(":memory:")
-        db.execute(_SCHEMA)
+        db.execute(TABLES)
         db.execute(relation.table_sql())
         for sql in relation.index_sql():
             db.execute(sql)

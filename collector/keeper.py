@@ -1,0 +1,259 @@
+"""Keeps the database there to be written: waits for what passes, puts right what does not."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from collector import wal
+from collector.aside import CORRUPT, REPLACED, move_aside, name_aside
+from collector.inspection import Inspection
+from collector.reader import Reader
+from collector.reports import Reports
+from collector.store import Store
+from event_bus.errors import (
+    DatabaseCorrupt,
+    DatabaseError,
+    DatabaseReplaced,
+    DatabaseUnavailable,
+)
+from event_bus.event_schema import Registry
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 1.0
+REPORT_AFTER_S = 5.0
+"""What keeps the database from being written for this long is told the bus."""
+
+ALARM_S = 30.0
+LOOK_S = 1.0
+WAL_S = 5.0
+
+_Result = TypeVar("_Result")
+
+
+class Stopped(Exception):
+    """The collector was told to stop while it waited."""
+
+
+class Renewed(Exception):
+    """The database is another file now: go on after what that one holds."""
+
+
+class Keeper:
+    """Owns the store. `problem` is what keeps the collector from storing more, or what was wrong
+    lately; empty if nothing is. `alive` is called at least every two seconds whatever it does.
+    """
+
+    def __init__(
+        self, path: Path, registry: Registry, stop: threading.Event, reports: Reports
+    ) -> None:
+        self._path = path
+        self._registry = registry
+        self._stop = stop
+        self._reports = reports
+        self._store: Store | None = None
+        self._inspection: Inspection | None = None
+        self._waits_for = ""
+        self._wal_problem = ""
+        self._news = ""
+        self._news_until = 0.0
+        self._look_due = self._wal_due = 0.0
+
+    @property
+    def store(self) -> Store:
+        assert self._store is not None, "open was not called"
+        return self._store
+
+    @property
+    def problem(self) -> str:
+        return self._waits_for or self._news or self._wal_problem
+
+    def open(self) -> None:
+        """Open the database, a new one if it is damaged. Raises Stopped, DatabaseError."""
+        if not self._is_there():
+            moved = self._move_aside(CORRUPT)
+            if moved is not None:
+                self._tell(f"{self._path} is empty or missing; what was beside it is {moved}*")
+        try:
+            self._retry(self._open)
+        except DatabaseCorrupt as e:
+            self._begin_anew(e)
+
+    def do(self, action: Callable[[Store], _Result]) -> _Result:
+        """What `action` returns, after as many tries as it takes.
+
+        Raises Renewed if the database had to be replaced instead, Stopped, or DatabaseError where
+        the database is not the collector's to replace.
+        """
+        try:
+            return self._retry(lambda: action(self.store))
+        except DatabaseCorrupt as e:
+            self._begin_anew(e)
+        except DatabaseReplaced as e:
+            self._put_back(e)
+        raise Renewed
+
+    def look(self, lag: int) -> None:
+        """What is due to be looked at, with `lag` events not stored yet. Raises like `do`."""
+        now = time.monotonic()
+        if now < self._look_due:
+            return
+        self._look_due = now + LOOK_S
+        self.do(self._look_at_files)
+        if self._news and not lag and now >= self._news_until:
+            log.info("the database is complete again")
+            self._news = ""
+        if now >= self._wal_due:
+            self._wal_due = now + WAL_S
+            self._look_at_wal()
+
+    def alive(self) -> None:
+        """Say that the collector is at work, though nothing may come of it."""
+        self._reports.send(self._next_seq(), self.problem)
+
+    def close(self) -> None:
+        if self._inspection is not None:
+            self._inspection.close()
+            self._inspection = None
+        if self._store is not None:
+            # A long log would take longer to copy than a stop may; the next start goes on with it.
+            if wal.wal_bytes(self._path) > wal.MAX_WAL_BYTES:
+                self._store.abandon()
+            else:
+                self._store.close()
+            self._store = None
+
+    def _next_seq(self) -> int | None:
+        try:
+            return None if self._store is None else self._store.last_seq + 1
+        except DatabaseError:
+            return None
+
+    def _open(self) -> None:
+        self._store = Store(self._path, self._registry)
+        self._inspection = Inspection(self._path)
+
+    def _is_there(self) -> bool:
+        try:
+            return self._path.stat().st_size > 0
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True  # and opening it says what is wrong
+
+    def _retry(self, action: Callable[[], _Result]) -> _Result:
+        """Try until it succeeds: an analyst's lock or a full disk passes."""
+        since = time.monotonic()
+        said_at = None
+        try:
+            while True:
+                try:
+                    result = action()
+                except DatabaseUnavailable as e:
+                    message = self._with_holder(e)
+                    now = time.monotonic()
+                    if said_at is None:
+                        log.warning("%s", message)
+                        said_at = now
+                    elif now >= said_at + ALARM_S:
+                        log.error("%s (for %.0f s now)", message, now - since)
+                        said_at = now
+                    if now >= since + REPORT_AFTER_S:
+                        self._waits_for = message
+                    self.alive()
+                    if self._stop.wait(RETRY_S):
+                        raise Stopped from e
+                else:
+                    if said_at is not None:
+                        log.info("the database can be written again")
+                    return result
+        finally:
+            self._waits_for = ""
+
+    def _with_holder(self, error: DatabaseUnavailable) -> str:
+        holders = wal.holders(self._path, wal.WRITE_LOCK)
+        return f"{error} ({', '.join(holders)} holds its lock)" if holders else str(error)
+
+    def _look_at_files(self, store: Store) -> None:
+        store.check_file()
+        if self._inspection is not None and self._inspection.damage:
+            raise DatabaseCorrupt(f"{self._path} is damaged: {self._inspection.damage}")
+
+    def _look_at_wal(self) -> None:
+        size = wal.wal_bytes(self._path)
+        if size <= wal.MAX_WAL_BYTES or self.do(lambda store: store.shrink_wal()):
+            if self._wal_problem:
+                log.info("the -wal file is small again")
+            self._wal_problem = ""
+            return
+        readers = ", ".join(wal.holders(self._path, wal.READ_LOCKS)) or "a process not seen here"
+        problem = f"{self._path}-wal has {size >> 20} MB and grows: a query of {readers} does not"
+        problem += " end; end it"
+        if not self._wal_problem:
+            log.error("%s", problem)
+        self._wal_problem = problem
+
+    def _begin_anew(self, error: DatabaseError) -> None:
+        """The database is damaged: put it aside and make a new one."""
+        self._let_go()
+        moved = self._move_aside(CORRUPT)
+        self._tell(f"{error}; it is {moved} now, and a new one is filled from the journal")
+        self._retry(self._open)
+
+    def _put_back(self, error: DatabaseReplaced) -> None:
+        """Write out what is still open, and put it where nothing else was put."""
+        store = self.store
+        ours = store.is_at_path()
+        spare: Path | None = Path(f"{self._path}.part")
+        if not ours and self._is_there() and self._is_complete_without(store):
+            spare = None
+        else:
+            log.error("%s; writing out what it held", error)
+            try:
+                self._retry(lambda: store.copy_to(Path(f"{self._path}.part"), self.alive))
+            except DatabaseCorrupt as e:
+                log.error("%s: the journal gives what it still has", e)
+                spare = None
+        self._let_go()
+        if spare is None:
+            self._tell(f"{error}; going on with what is there now")
+        elif ours or not self._is_there():
+            # What is left of it beside the file would not fit the copy.
+            self._move_aside(REPLACED)
+            spare.replace(self._path)
+            self._tell(f"{error}; what it held is there again")
+        else:
+            kept = name_aside(self._path, REPLACED, time.time())
+            spare.replace(kept)
+            self._tell(f"{error}; going on with what is there now, what it held is {kept}")
+        self.open()
+
+    def _is_complete_without(self, store: Store) -> bool:
+        """True if the file that is at the path now has all that the open one has."""
+        try:
+            with Reader(self._path) as there:
+                return there.journal_id() == store.journal_id and there.last_seq() >= store.last_seq
+        except DatabaseError:
+            return False
+
+    def _let_go(self) -> None:
+        """Close the store and leave its files as they are."""
+        if self._inspection is not None:
+            self._inspection.close()
+            self._inspection = None
+        if self._store is not None:
+            self._store.abandon()
+            self._store = None
+
+    def _move_aside(self, kind: str) -> Path | None:
+        return move_aside(self._path, kind, time.time())
+
+    def _tell(self, news: str) -> None:
+        log.error("%s", news)
+        self._news = news
+        self._news_until = time.monotonic() + ALARM_S
