@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import msgspec
 import zmq
@@ -95,7 +95,7 @@ class Client:
     """A connection to the broker's ingress port, for one thread. Close it when done.
 
     While it waits, anything to read from the descriptor `interrupt_fd` makes it raise
-    InterruptedError.
+    InterruptedError. It notices at once when a bus that has answered before is gone.
     """
 
     def __init__(self, url: str, *, interrupt_fd: int | None = None) -> None:
@@ -108,14 +108,19 @@ class Client:
     def _connect(self) -> None:
         self.socket = self._context.socket(zmq.DEALER)
         self.socket.linger = 0
+        self._monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._has_answered = False
         self.socket.connect(self.url)
         self._poller = zmq.Poller()
         self._poller.register(self.socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
         if self._interrupt_fd is not None:
             self._poller.register(self._interrupt_fd, zmq.POLLIN)
 
     def send(self, verb: bytes, *frames: bytes) -> bytes:
         """Send a request and return its id."""
+        while self._monitor.get(zmq.EVENTS) & zmq.POLLIN:
+            self._monitor.recv_multipart()  # a connection lost before this request takes no harm
         request_id = b"%d" % next(self._ids)
         self.socket.send_multipart([verb, request_id, *frames])
         return request_id
@@ -132,19 +137,28 @@ class Client:
             if self._interrupt_fd in ready:
                 raise InterruptedError
             if not ready:
-                # What is queued for a broker that is away would reach the next one as news.
-                self.socket.close()
-                self._connect()
-                raise BusUnavailable(
-                    f"no answer from the event bus at {self.url} within {timeout_s:g} s",
-                    hint="start it with `bitten up`, `bitten bus` or `pm2 start pm2_config.json`",
-                )
+                self._give_up(f"no answer from the event bus at {self.url} within {timeout_s:g} s")
+            if self.socket not in ready:
+                self._monitor.recv_multipart()
+                # Only once a connection: what accepts and hangs up would be asked without a pause.
+                if self._has_answered:
+                    self._give_up(f"the event bus at {self.url} ended its connection")
+                continue
             verb, reply_id, *frames = self.socket.recv_multipart()
+            self._has_answered = True
             if reply_id != request_id:
                 continue
             if verb == ERROR:
                 raise_error(frames[0])
             return list(frames)
+
+    def _give_up(self, reason: str) -> NoReturn:
+        # What is queued for a broker that is away would reach the next one as news.
+        self.close()
+        self._connect()
+        raise BusUnavailable(
+            reason, hint="start it with `bitten up`, `bitten bus` or `pm2 start pm2_config.json`"
+        )
 
     def status(self, timeout_s: float = 2.0) -> dict[str, Any]:
         """The broker's account of itself, as docs/protocol.md lists it."""
@@ -159,4 +173,7 @@ class Client:
         return ack
 
     def close(self) -> None:
-        self.socket.close()
+        if not self.socket.closed:
+            self.socket.disable_monitor()
+            self._monitor.close()
+            self.socket.close()

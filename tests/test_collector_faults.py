@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from conftest import System, wait_until
 from test_collector import collected, publish, said
 
+from event_bus import protocol
+from event_bus.errors import BusUnavailable
+from event_bus.protocol import Client, FetchRequest
 from event_bus.subscriber import Subscriber
 
 __all__ = ["collected"]
@@ -87,3 +92,18 @@ def test_database_removed_while_it_is_open_is_there_again(
     publish(collected, 100)
     assert_database_is_the_journal(collected)
     assert collector.poll() is None
+
+
+def test_killed_bus_is_noticed_before_the_patience_ends(bus: System) -> None:
+    (process,) = bus.processes
+    client = Client(bus.settings.ingress_url)
+    last = client.status()["last_seq"]
+    body = msgspec.json.encode(FetchRequest(from_seq=last + 1, wait_ms=30_000))
+    request = client.send(protocol.FETCH, body)
+    killer = threading.Timer(0.2, process.kill)
+    killer.start()
+    with pytest.raises(BusUnavailable, match="ended its connection"):
+        client.receive(request, 60.0)
+    bus.start_bus()
+    assert client.status()["last_seq"] >= last
+    client.close()
