@@ -5,47 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 from conftest import System, wait_until
-
-ROOT = Path(__file__).parent.parent
-CONFIG = ROOT / "pm2_config.json"
-
-
-class Pm2:
-    """A pm2 daemon of its own, and a checkout that has only what pm2 needs of ours."""
-
-    def __init__(self, system: System, directory: Path) -> None:
-        self.system = system
-        self.directory = directory
-        self.environ = {**system.environ, "PM2_HOME": str(directory / "pm2")}
-        (directory / ".venv" / "bin").mkdir(parents=True)
-        (directory / ".venv" / "bin" / "bitten").symlink_to(Path(sys.executable).parent / "bitten")
-        shutil.copy(CONFIG, directory)
-
-    def __call__(self, *argv: str) -> str:
-        done = subprocess.run(
-            ["pm2", *argv],
-            cwd=self.directory,
-            env=self.environ,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def apps(self) -> dict[str, dict[str, Any]]:
-        listed = self("jlist")
-        return {a["name"]: a for a in json.loads(listed[listed.index("[") :])}
+from pm2_home import CONFIG, Pm2
 
 
 @pytest.fixture
@@ -90,6 +56,6 @@ def test_pm2_starts_both_keeps_them_alive_and_stops_them_cleanly(pm2: Pm2) -> No
     system.wait_stored()
 
     pm2("stop", "all")
-    logs = "".join(p.read_text() for p in (pm2.directory / "pm2" / "logs").glob("*error*"))
+    logs = pm2.logs()
     assert "stopped at seq" in logs  # the bus drained and ended by itself, it was not killed
     assert "events stored since the start" in logs

@@ -2,11 +2,31 @@
 
 import backups
 import duplicates
+import exits
+import hangs
 import kills
+import later
+import pm2
 import power
 import soak
+import storms
 import subscribers
 import windows
 from harness import DRILLS
 
-__all__ = ["DRILLS", "backups", "duplicates", "kills", "power", "soak", "subscribers", "windows"]
+THEMES = (
+    backups,
+    duplicates,
+    exits,
+    hangs,
+    kills,
+    later,
+    pm2,
+    power,
+    soak,
+    storms,
+    subscribers,
+    windows,
+)
+
+__all__ = ["DRILLS", "THEMES"]

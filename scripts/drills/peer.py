@@ -3,11 +3,13 @@
 `python peer.py FROM_SEQ UNTIL_SEQ RATE PREFIX` prints one JSON object when it has the event
 UNTIL_SEQ: the events as [seq, event_id], how many gaps it saw, the frames it lost in them, how
 long filling one took at most, and its latencies. RATE is how many frames a second it reads; 0 is
-as fast as they come. On SIGUSR1 it stops to be slow. With `--no-fetch` it leaves gaps as they are.
+as fast as they come. On SIGUSR1 it stops to be slow. With `--no-fetch` it leaves gaps as they are;
+`--topic` adds a subscription by which the bus's status shows it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import sys
@@ -25,7 +27,9 @@ PATIENCE_MS = 30_000
 
 
 class Peer:
-    def __init__(self, from_seq: int, rate: float, *, slow_buffers: bool, fetches: bool) -> None:
+    def __init__(
+        self, from_seq: int, rate: float, *, slow_buffers: bool, fetches: bool, topics: list[str]
+    ) -> None:
         settings = Settings.load()
         self._fetches = fetches
         self.rate = rate
@@ -35,6 +39,8 @@ class Peer:
             self._sub.rcvbuf = SMALL_BUFFER_BYTES
         self._sub.connect(settings.events_url)
         self._sub.subscribe(b"bitten.")
+        for topic in topics:
+            self._sub.subscribe(topic.encode())
         self._client = Client(settings.ingress_url)
         self.next_seq = from_seq
         self.seen: list[tuple[int, str]] = []
@@ -85,7 +91,14 @@ class Peer:
 
 def main() -> None:
     from_seq, until_seq, rate = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-    peer = Peer(from_seq, rate, slow_buffers=rate > 0, fetches="--no-fetch" not in sys.argv)
+    options = sys.argv[4:]
+    peer = Peer(
+        from_seq,
+        rate,
+        slow_buffers=rate > 0,
+        fetches="--no-fetch" not in options,
+        topics=[topic for option, topic in itertools.pairwise(options) if option == "--topic"],
+    )
     signal.signal(signal.SIGUSR1, lambda *_: setattr(peer, "rate", 0.0))
     print("ready", flush=True)
     peer.read_until(until_seq)

@@ -52,12 +52,13 @@ class Peers:
         return found
 
 
-def _last_seq(trial: Trial) -> int:
+def last_seq(trial: Trial) -> int:
+    """The bus's last seq now."""
     status = wait_until(lambda: trial.system.status(2.0), "the bus answers")
     return int(status["last_seq"])
 
 
-def _check_seen(trial: Trial, who: str, seen: list[list[Any]], first_seq: int) -> None:
+def check_seen(trial: Trial, who: str, seen: list[list[Any]], first_seq: int) -> None:
     """What a subscriber saw is what the journal has, in order, from `first_seq` on."""
     seqs = [s for s, _ in seen]
     trial.expect(seqs, f"{who} saw nothing")
@@ -84,7 +85,7 @@ def slow_subscriber(trial: Trial) -> None:
     filled_s = []
     # One by one, with and without the slow one in turn: what else the machine does hits both.
     for i in range(2 * trial.count(1, 10)):
-        from_seq = _last_seq(trial) + 1
+        from_seq = last_seq(trial) + 1
         until_seq = from_seq + ROUND_EVENTS
         with_slow = i % 2 == 1
         slow = peers.start(from_seq, until_seq, SLOW_RATE, *options) if with_slow else None
@@ -93,12 +94,12 @@ def slow_subscriber(trial: Trial) -> None:
             load.burst()
             time.sleep(trial.seconds(1.0, 8.0))
         found = Peers.result(fast)
-        _check_seen(trial, "a fast subscriber", found["seen"], from_seq)
+        check_seen(trial, "a fast subscriber", found["seen"], from_seq)
         p99_ms[with_slow].append(found["latency_s"][int(len(found["latency_s"]) * 0.99)] * 1000)
         if slow is not None:
             slow[0].send_signal(signal.SIGUSR1)
             found = Peers.result(slow)
-            _check_seen(trial, "the slow subscriber", found["seen"], from_seq)
+            check_seen(trial, "the slow subscriber", found["seen"], from_seq)
             trial.expect(found["gaps"], "the slow subscriber saw no gap: it was not slow enough")
             missed += found["missed"]
             filled_s.append(found["filled_s"])
@@ -128,7 +129,7 @@ def late_join(trial: Trial) -> None:
     events = 0
     seen: list[list[Any]] = []
     for i in range(joins):
-        last = _last_seq(trial)
+        last = last_seq(trial)
         from_seq = trial.rng.randint(max(1, last - 20_000), last)
         # Far enough past the hand-over from what was to what is.
         until_seq = last + trial.rng.randint(200, 2_000)
@@ -137,7 +138,7 @@ def late_join(trial: Trial) -> None:
         else:
             options = ["--no-fetch"] if trial.planted else []
             seen = Peers.result(peers.start(from_seq, until_seq, 0, *options))["seen"]
-        _check_seen(trial, f"join {i + 1}", seen, from_seq)
+        check_seen(trial, f"join {i + 1}", seen, from_seq)
         events += len(seen)
     trial.note("joins", joins)
     trial.note("events seen", events)
