@@ -90,7 +90,7 @@ def _print_table(results: list[Result]) -> None:
         if r.notes:
             print(" " * 26, "; ".join(f"{name} {value}" for name, value in r.notes.items()))
         for text in r.breaches:
-            print(" " * 26, f"BROKEN: {text}")
+            print(" " * 26, f"BROKEN: {' '.join(text.split())}")
 
 
 if __name__ == "__main__":

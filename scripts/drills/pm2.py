@@ -46,7 +46,10 @@ def _cycle(trial: Trial, pm2: Pm2) -> None:
         name, action = list(FAREWELL)[i % 2], ACTIONS[i % 3]
         before = pm2.logs().count(FAREWELL[name])
         begin = time.monotonic()
-        pm2(action, name)
+        try:
+            pm2(action, name)
+        except AssertionError as e:
+            trial.breach(f"`pm2 {action} {name}` failed: {e}")
         slowest_s = max(slowest_s, time.monotonic() - begin)
         said = pm2.logs().count(FAREWELL[name]) - before
         trial.expect(said == 1, f"{name} was killed at `pm2 {action}`")
