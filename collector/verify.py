@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from collector.layout import LAST_SEQ, check_version
 from collector.manifest import DatabaseFacts, JournalFacts
 from event_bus import database
 from event_bus.errors import BackupError
-from event_bus.journal import APPLICATION_ID
+from event_bus.journal_format import APPLICATION_ID, is_intact
 
 MAX_FAULTS = 3
 """Lines of SQLite's report that are shown."""
@@ -50,23 +49,43 @@ def journal_facts(path: Path, source: Path) -> JournalFacts:
         meta: dict[Any, Any] = dict(db.execute("SELECT key, value FROM meta"))
         first_seq = next_seq = meta["trimmed_seq"] + 1
         events = 0
-        for seq, count, crc, body in db.execute(
-            "SELECT first_seq, count, crc32, body FROM batch ORDER BY first_seq"
+        lost = _lost_ranges(db)
+        for seq, count, received_at, crc, body in db.execute(
+            "SELECT * FROM batch ORDER BY first_seq"
         ):
-            whole = isinstance(body, bytes) and (zlib.crc32(body), body.count(b"\n")) == (
-                crc,
-                count,
-            )
+            next_seq = _after_lost(lost, next_seq, seq)
+            whole = is_intact(seq, count, received_at, crc, body)
+            if not whole and _after_lost(lost, seq, seq + 1) > seq:
+                continue  # the bus has named it: kept as it is, and never served
             if seq != next_seq or not whole:
                 raise damaged(source, f"its events at seq {min(seq, next_seq)} (CRC-32)")
             next_seq += count
             events += count
+        next_seq = max([next_seq, *(last + 1 for _, last in lost)])
         return JournalFacts(
             journal_id=meta["journal_id"],
             first_seq=first_seq,
             last_seq=next_seq - 1,
             events=events,
         )
+
+
+def _lost_ranges(db: apsw.Connection) -> list[tuple[int, int]]:
+    """Ranges that the journal itself says it has lost; early ones have no such table."""
+    if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'lost_range'").fetchone():
+        return []
+    rows: list[Any] = db.execute(
+        "SELECT first_seq, last_seq FROM lost_range WHERE last_seq NOT NULL ORDER BY first_seq"
+    ).fetchall()
+    return rows
+
+
+def _after_lost(lost: list[tuple[int, int]], seq: int, until: int) -> int:
+    """The first seq from `seq` on, before `until`, that is not in a lost range."""
+    for first, last in lost:
+        if first <= seq <= last and seq < until:
+            seq = last + 1
+    return seq
 
 
 def damaged(source: Path, what: object) -> BackupError:

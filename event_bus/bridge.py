@@ -47,7 +47,7 @@ BATCH_EVENTS = 2_000
 BATCH_BYTES = 512 << 10
 
 _NO_ID = b'{"event_id":"-",'
-_OWN_TYPES = ("event_rejected", "bridge_loss")
+_OWN_TYPES = ("event_rejected", "bridge_loss", "journal_loss")
 
 _correlation: ContextVar[str | None] = ContextVar("bitten_correlation", default=None)
 

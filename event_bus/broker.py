@@ -20,29 +20,27 @@ import zmq
 from event_bus import protocol
 from event_bus.adopt import SpoolAdopter
 from event_bus.consumers import MAX_CONSUMERS, Consumer, Consumers
-from event_bus.errors import JournalError, JournalFull, StartError
+from event_bus.errors import JournalDamaged, JournalError, JournalFull, StartError
 from event_bus.event_schema import Registry
+from event_bus.housekeeping import Housekeeping
 from event_bus.intake import Intake, Receipt
-from event_bus.journal import DamagedBatch, Journal
+from event_bus.journal import DamagedBatch
 from event_bus.live import LiveEvents
 from event_bus.lock import FileLock
 from event_bus.protocol import BatchHead, ErrorReply, FetchReply, FetchRequest
+from event_bus.recovery import mark_damaged, open_journal
 from event_bus.settings import Settings
 from event_bus.status import BrokerStatus
 from event_bus.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_S = 1.0
 DRAIN_S = 5.0
-HEALTH_S = 30.0
-HOUSEKEEPING_S = 5.0
 MAX_GROUP_BYTES = 2 << 20
 MAX_GROUP_MESSAGES = 512
 MAX_WAITING_FETCHES = 10_000
 MAX_WAIT_MS = 30_000
 MAX_REPLY_BYTES = 1 << 20
-PROBE_BYTES = 256 << 10
 MAX_UNREAD_REPLIES = 64
 """Replies kept for a client that does not read them; with their size, a bound in bytes."""
 
@@ -84,7 +82,7 @@ class Broker:
         self.registry.verify()
         for problem in self.registry.problems:
             log.error("left out: %s", problem)
-        self.journal = Journal(settings.journal)
+        self.journal = open_journal(settings.journal, settings.db, clock)
         self.intake = Intake(self.journal, self.registry, clock)
         self._adopter = SpoolAdopter(settings.spool)
         self._consumers = Consumers(self.journal)
@@ -104,8 +102,18 @@ class Broker:
         self._live = LiveEvents(self._events, self.registry)
         self._receipts: list[tuple[list[bytes], Receipt]] = []
         self._waiting: dict[tuple[bytes, ...], _Waiting] = {}
-        self._heartbeat_due = self._health_due = self._housekeeping_due = monotonic()
         self._status = BrokerStatus(self.intake, self._consumers, clock=clock, monotonic=monotonic)
+        self._housekeeping = Housekeeping(
+            settings,
+            self.intake,
+            self._consumers,
+            self._status,
+            self._live,
+            self._adopter,
+            self._watchdog,
+            clock=clock,
+            monotonic=monotonic,
+        )
 
     def _bind(self, kind: int, url: str, setting: str) -> zmq.Socket[Any]:
         sock: zmq.Socket[Any] = self._context.socket(kind)
@@ -136,6 +144,9 @@ class Broker:
         try:
             with self._watchdog:
                 self._serve()
+        except JournalDamaged as e:
+            mark_damaged(self.settings.journal, str(e))
+            raise
         finally:
             self.close()
 
@@ -165,14 +176,14 @@ class Broker:
             if self._ingress in ready:
                 self._drain()
             self._adopter.feed(self.intake, MAX_GROUP_BYTES)
-            self._run_timers()
+            self._housekeeping.run_due()
             self.intake.commit()
         except JournalError as e:
             self._refuse_group(e)
         else:
             self._adopter.done()
             if self.intake.committed:
-                self._probe_storage()
+                self._housekeeping.probe_storage()
         for committed in self.intake.committed:
             self._live.publish(committed)
         self.intake.committed.clear()
@@ -184,7 +195,7 @@ class Broker:
     def _timeout_ms(self) -> int:
         if self._stopping or (self._adopter.pending and self._status.storage_full_since is None):
             return 0
-        due = min(self._heartbeat_due, self._health_due, self._housekeeping_due)
+        due = self._housekeeping.due
         if self._waiting:
             due = min(due, min(w.deadline for w in self._waiting.values()))
         return max(0, int((due - self._monotonic()) * 1000) + 1)
@@ -299,7 +310,7 @@ class Broker:
         try:
             batches = self.journal.read(waiting.from_seq, waiting.max_bytes)
         except DamagedBatch as e:
-            log.error("%s", e)
+            self._housekeeping.found_damaged(e)
             self._fail(waiting.route, "damaged", str(e), first_seq=e.next_seq)
             return
         reply = FetchReply(
@@ -333,66 +344,7 @@ class Broker:
         self._receipts.clear()
         if not full:
             raise error
-        if self._status.storage_full_since is None:
-            self._status.storage_full_since = self._clock()
-            log.error("refusing events: %s", error)
-            self._look()
-
-    # Timers
-
-    def _run_timers(self) -> None:
-        now = self._monotonic()
-        if now >= self._heartbeat_due:
-            self._heartbeat_due = now + HEARTBEAT_S
-            self._watchdog.alive()
-            self._adopter.look()
-            self._consumers.pass_time(HEARTBEAT_S)
-            self._probe_storage()
-            self._look()
-            self._live.publish_heartbeat(self._status.heartbeat())
-        if now >= self._health_due:
-            self._emit_health()
-        if now >= self._housekeeping_due:
-            self._housekeeping_due = now + HOUSEKEEPING_S
-            self._housekeeping()
-
-    def _look(self) -> None:
-        """See what is wrong; a state that has changed is told at once."""
-        if self._status.look():
-            log.info("state: %s", self._status.health.state)
-            self._health_due = self._monotonic()
-
-    def _emit_health(self) -> None:
-        self._health_due = self._monotonic() + HEALTH_S
-        if self._status.storage_full_since is None:
-            self.intake.emit("system_health", self._status.health_event())
-
-    def _probe_storage(self) -> None:
-        """After a full disk there may be room again, though nobody publishes."""
-        if self._status.storage_full_since is not None and self.journal.has_room(PROBE_BYTES):
-            log.info("there is room again: taking events")
-            self._status.storage_full_since = None
-            self._look()
-
-    def _housekeeping(self) -> None:
-        """Save cursors, and trim the journal by age and size but not past a durable consumer."""
-        self._consumers.save()
-        self.intake.commit()  # trimming reloads what it knows of producers
-        before = self.journal.seq_to_trim(
-            older_than=self._clock() - self.settings.journal_max_age_s,
-            max_bytes=self.settings.journal_max_bytes,
-        )
-        stored, name = self._consumers.slowest() or (before, "")
-        held_by = name if stored < before else None
-        if held_by and held_by != self._status.journal_held_by:
-            log.warning(
-                "journal kept from %d on, past its limits: consumer %s has not stored it",
-                stored,
-                held_by,
-            )
-        self._status.journal_held_by = held_by
-        if self.journal.trim(min(before, stored)):
-            self._housekeeping_due = self._monotonic()
+        self._housekeeping.storage_is_full(str(error))
 
     def status(self) -> dict[str, Any]:
         """The answer to a status request; docs/protocol.md lists the fields."""

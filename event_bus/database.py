@@ -9,10 +9,11 @@ import apsw
 
 READ_ONLY = apsw.SQLITE_OPEN_READONLY
 READ_WRITE = apsw.SQLITE_OPEN_READWRITE
+BUSY_TIMEOUT_MS = 5_000
 
 
 def connect(
-    path: Path, flags: int = READ_WRITE, *, busy_timeout_ms: int = 5_000
+    path: Path, flags: int = READ_WRITE, *, busy_timeout_ms: int = BUSY_TIMEOUT_MS
 ) -> apsw.Connection:
     """A connection to an existing file. Raises apsw.Error.
 

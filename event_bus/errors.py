@@ -9,8 +9,10 @@ BittenError
 ├── BusRefused         the broker answered a request with an error
 │   └── TrimmedRange   the events asked for are gone from the journal: too old, or damaged
 ├── StartError         a daemon cannot start: port, lock or directory is not to be had
-├── JournalError       journal.db cannot be read or written
-│   └── JournalFull    there is no space left for it; worth trying again
+├── JournalError       journal.db cannot be opened
+│   ├── JournalFull    there is no space left for it; worth trying again
+│   └── JournalFailed  it could be opened, and not be read or written: a restart may help
+│       └── JournalDamaged  it is not what was written; the next start recovers what there is
 ├── DatabaseError      bitten_events.db is foreign, of another version or unusable
 │   ├── DatabaseMissing      nobody has made it yet
 │   ├── DatabaseUnavailable  locked, or its disk is full; worth trying again
@@ -30,7 +32,7 @@ class BittenError(Exception):
     """Root of the tree. `hint` is one sentence, without a full stop, on what to do.
 
     `exit_code` is the command line's: 1 a negative answer, 2 wrong use, 3 the bus does not answer,
-    4 a file, port or lock is not to be had.
+    4 a file, port or lock is not to be had, 5 the journal failed while the bus ran.
     """
 
     exit_code: ClassVar[int] = 1
@@ -95,6 +97,14 @@ class JournalError(BittenError):
 
 
 class JournalFull(JournalError):
+    pass
+
+
+class JournalFailed(JournalError):
+    exit_code = 5
+
+
+class JournalDamaged(JournalFailed):
     pass
 
 

@@ -7,6 +7,9 @@ import msgspec
 STALLED_AFTER_S = 30.0
 """A durable consumer that has events to store and has not asked for so long is reported."""
 
+LOSS_SHOWN_S = 86_400.0
+"""How long a loss is a problem; it is in the database as a `journal_loss` event for ever."""
+
 CLOCK_BACK_S = 2.0
 """Smaller steps are what keeping a clock right looks like."""
 
@@ -28,6 +31,15 @@ class ConsumerFacts(msgspec.Struct, frozen=True):
     problem: str
 
 
+class LossFacts(msgspec.Struct, frozen=True):
+    """Events that the journal lost: `what` of them, and the reason."""
+
+    what: str
+    found_at: float
+    reason: str
+    file: str
+
+
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """`latest` is the latest time that the clock has shown since the start; times are Unix
     seconds."""
@@ -36,6 +48,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     latest: float
     storage_full_since: float | None = None
     storage: str = ""
+    losses: list[LossFacts] = []
+    recovered: str = ""
     journal_held_by: str | None = None
     consumers: dict[str, ConsumerFacts] = {}
     schema_problems: list[str] = []
@@ -81,6 +95,21 @@ def find_problems(facts: Facts) -> list[Problem]:
             f"no space left for {facts.storage}: events are refused and wait with their senders",
             "free some space; it goes on by itself",
             facts.storage_full_since,
+        )
+    for loss in facts.losses:
+        if facts.now - loss.found_at < LOSS_SHOWN_S:
+            add(
+                "journal_damaged",
+                f"lost to the journal, {loss.what}: {loss.reason}",
+                f"see whether the database has them (`bitten audit`); {loss.file or 'nothing'} is"
+                " what is left",
+                loss.found_at,
+            )
+    if facts.recovered:
+        add(
+            "journal_recovered",
+            f"this start recovered the journal: {facts.recovered}",
+            "check the disk; what was lost, if anything, has lines of its own",
         )
     for name, consumer in facts.consumers.items():
         if consumer.problem:

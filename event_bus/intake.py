@@ -17,9 +17,10 @@ import msgspec
 
 from event_bus import envelope
 from event_bus.envelope import Envelope
-from event_bus.errors import JournalError, RejectedEvent
-from event_bus.event_schema import Registry
-from event_bus.journal import Journal, Producer
+from event_bus.errors import JournalDamaged, JournalError, RejectedEvent
+from event_bus.event_schema import EventType, Registry
+from event_bus.journal import Journal
+from event_bus.journal_format import Producer, Run
 
 SOURCE = "event_bus"
 TURN_S = 10.0
@@ -165,7 +166,7 @@ class Intake:
         self._bodies: list[bytes] = []
         self._count = 0
         self._bytes = 0
-        self._runs: list[tuple[Producer, int, int, int]] = []
+        self._runs: list[Run] = []
         self._opaque: list[tuple[str, int]] = []
         # Where a resent event may lie that is not in the journal yet: lines taken one by one, by
         # id, and batches taken whole, as (producer, first n, last n).
@@ -178,7 +179,7 @@ class Intake:
         self._bytes += len(body)
 
     def _learn(self) -> None:
-        self._checks.update({t.name: t.is_valid for t in self.registry if not t.storage.live_only})
+        self._checks.update({t.name: t.is_valid for t in self.registry if not _is_own(t)})
 
     def _producer(self, token: str, last_n: int) -> Producer:
         producer = self.journal.producer(token)
@@ -286,7 +287,7 @@ class Intake:
             self.registry.verify()
             self._learn()
         event_type = self.registry.get(name)
-        if event_type.storage.live_only:
+        if _is_own(event_type):
             raise RejectedEvent(
                 f"{name} is published by the bus alone",
                 rule="event_type",
@@ -315,11 +316,21 @@ class Intake:
             seq = self.journal.seq_of_native(producer, n)
             forgotten_n = producer.forgotten_n
         if seq is not None:
-            return self.journal.line(seq) or b""
+            line = self.journal.line(seq) or b""
+            if line and envelope.decode(line).event_id != event.event_id:
+                raise JournalDamaged(
+                    f"{self.journal.path}: id {event.event_id} leads to another event, at seq {seq}"
+                )
+            return line
         return b"" if 0 < n <= forgotten_n else None
 
     def _reject(self, line: bytes, error: RejectedEvent, event: Envelope | None) -> None:
         self.emit("event_rejected", rejection(line, error, event))
+
+
+def _is_own(event_type: EventType) -> bool:
+    """Types that a client cannot publish."""
+    return event_type.storage.live_only or event_type.name == "journal_loss"
 
 
 def rejection(raw: bytes, error: RejectedEvent, event: Envelope | None = None) -> dict[str, Any]:

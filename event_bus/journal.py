@@ -1,18 +1,11 @@
 """The journal: every accepted event, in order, on disk before anybody hears of it.
 
-`journal.db` is SQLite in WAL mode with synchronous=FULL: a commit returns after its fsync. A row
-of `batch` is what one commit took in: `count` canonical lines whose seqs start at `first_seq`,
-with a CRC-32 of the body. `run` and `opaque_id` say where an event id lies, which is how an
-event that is sent again is recognised: `run` for ids of the form <producer>-<n> (one row a
-contiguous stretch), `opaque_id` for any other string. One process writes; it holds the lock of
-its home.
+`journal.db` is SQLite in WAL mode with synchronous=FULL: a commit returns after its fsync. What
+its tables hold is told in journal_format.py. One process writes; it holds the lock of its home.
 """
 
 from __future__ import annotations
 
-import os
-import secrets
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,127 +14,77 @@ import apsw
 import msgspec
 
 from event_bus import database
-from event_bus.errors import JournalError, JournalFull
+from event_bus.errors import JournalDamaged, JournalError
+from event_bus.journal_file import DAMAGE_HINT, JournalFile
+from event_bus.journal_format import (
+    LOST_RANGE,
+    Batch,
+    LostRange,
+    Producer,
+    Run,
+    checksum,
+    is_intact,
+)
 
-APPLICATION_ID = 0x4249544A  # "BITJ"
-VERSION = 1
+START_BUSY_MS = 500
+MAX_REMEMBERED_LOSSES = 1_000
 
-_SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
-CREATE TABLE batch (
-    first_seq INTEGER PRIMARY KEY, count INTEGER NOT NULL, received_at REAL NOT NULL,
-    crc32 INTEGER NOT NULL, body BLOB NOT NULL);
-CREATE INDEX batch_received_at ON batch (received_at);
-CREATE TABLE producer (
-    id INTEGER PRIMARY KEY, token TEXT NOT NULL UNIQUE,
-    last_n INTEGER NOT NULL, forgotten_n INTEGER NOT NULL DEFAULT 0,
-    last_seen REAL NOT NULL, report TEXT);
-CREATE TABLE run (
-    producer INTEGER NOT NULL, first_n INTEGER NOT NULL, last_n INTEGER NOT NULL,
-    first_seq INTEGER NOT NULL, PRIMARY KEY (producer, first_n)) WITHOUT ROWID;
-CREATE INDEX run_first_seq ON run (first_seq);
-CREATE TABLE opaque_id (event_id TEXT PRIMARY KEY, seq INTEGER NOT NULL) WITHOUT ROWID;
-CREATE INDEX opaque_id_seq ON opaque_id (seq);
-CREATE TABLE consumer (name TEXT PRIMARY KEY, next_seq INTEGER NOT NULL, last_seen REAL NOT NULL)
-    WITHOUT ROWID;
-"""
-
-
-_READ_HINT = "restore a backup of it, or move it aside"
-
-
-class Batch(msgspec.Struct, frozen=True):
-    """Consecutive events: line i of `body` has seq `first_seq` + i."""
-
-    first_seq: int
-    count: int
-    received_at: float
-    body: bytes
-
-
-class Producer(msgspec.Struct):
-    """One process's events. `last_n` is the highest n taken in, `forgotten_n` the highest n
-    whose place is no longer known because the journal was trimmed. `report` is the last account
-    the producer gave of itself, as sent."""
-
-    id: int
-    token: str
-    last_n: int
-    forgotten_n: int = 0
-    last_seen: float = 0.0
-    report: str | None = None
+_LAST = "SELECT * FROM batch ORDER BY first_seq DESC LIMIT 1"
+_FIRST = "SELECT * FROM batch ORDER BY first_seq LIMIT 1"
 
 
 class DamagedBatch(JournalError):
-    """The events from `first_seq` to before `next_seq` are not what was written."""
+    """The events from `first_seq` to before `next_seq` are not what was written, or not there."""
 
     def __init__(self, path: Path, first_seq: int, next_seq: int) -> None:
         super().__init__(f"{path}: events {first_seq} to {next_seq - 1} are damaged (CRC-32)")
+        self.first_seq = first_seq
         self.next_seq = next_seq
 
 
-class Journal:
-    """Opens or creates the journal at `path`. Raises JournalError, also from every method."""
+class Journal(JournalFile):
+    """Opens the journal at `path`, or creates it with `origin_seq` as its first seq.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            path.touch(0o600)  # the WAL beside it takes over these rights
-            self._db = database.connect(path)
-            # By what it holds, not by its size: a start may have died while creating it.
-            if self._row("SELECT count(*) FROM sqlite_master")[0] == 0:
-                self._create()
-            self._check_version()
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.execute("PRAGMA wal_autocheckpoint=4000")
-            self._db.execute("PRAGMA journal_size_limit=67108864")
-            with self._db:
-                self._db.execute("UPDATE meta SET value = value + 1 WHERE key = 'epoch'")
-            self.journal_id: str = self._meta("journal_id")
-            self.epoch: int = self._meta("epoch")
-            self.origin_seq: int = self._meta("origin_seq", 1)  # 0.1.0 did not write it
-            """The first seq that this journal ever had; above 1 if it follows a lost one."""
-            last = self._row(
-                "SELECT first_seq + count - 1 FROM batch ORDER BY first_seq DESC LIMIT 1"
-            )
-            self.last_seq: int = last[0] if last else self._meta("trimmed_seq")
-            self.first_seq = self._first_seq()
-            self.producers = self._load_producers()
-        except (apsw.Error, OSError) as e:
-            raise JournalError(
-                f"cannot open {path}: {e}",
-                hint="check the disk and its rights; if the file is damaged, restore a backup of it"
-                " or move it aside",
-            ) from e
+    Raises JournalError, also from every method; JournalDamaged, one of them, if the file is not
+    what was written. With `create` False a file without tables is damaged too.
+    """
+
+    def _load(self) -> None:
+        """Make what the last run committed safe, count this start, and learn where it ends."""
         self._lines: tuple[int, list[bytes]] = (0, [])
-
-    def _create(self) -> None:
-        self._db.execute("PRAGMA page_size=8192")
-        self._db.execute("PRAGMA journal_mode=WAL")
+        # After a failed fsync the next can lie: the last commits may be in memory alone. A
+        # checkpoint writes and syncs them anew; readers may keep it from truncating the WAL.
+        self._db.set_busy_timeout(START_BUSY_MS)
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._db.set_busy_timeout(database.BUSY_TIMEOUT_MS)
         with self._db:
-            self._db.execute(_SCHEMA)
-            self._db.execute(f"PRAGMA application_id={APPLICATION_ID}")
-            self._db.execute(f"PRAGMA user_version={VERSION}")
-            self._db.executemany(
-                "INSERT INTO meta VALUES (?, ?)",
-                [
-                    ("journal_id", secrets.token_hex(8)),
-                    ("epoch", 0),
-                    ("trimmed_seq", 0),
-                    ("origin_seq", 1),
-                ],
+            self._db.execute(LOST_RANGE)
+            self._db.execute("UPDATE meta SET value = value + 1 WHERE key = 'epoch'")
+        self.journal_id: str = self._meta("journal_id")
+        self.epoch: int = self._meta("epoch")
+        self.origin_seq: int = self._meta("origin_seq", 1)  # 0.1.0 did not write it
+        """The first seq that this journal ever had; above 1 if it follows a lost one."""
+        self.recovered = ""
+        """Why this start had to make a new file of a damaged one; empty if it had not."""
+        self.losses = [
+            LostRange(*row)
+            for row in self._db.execute(
+                "SELECT * FROM lost_range ORDER BY first_seq DESC LIMIT ?", (MAX_REMEMBERED_LOSSES,)
             )
-
-    def _check_version(self) -> None:
-        application = self._row("PRAGMA application_id")[0]
-        version = self._row("PRAGMA user_version")[0]
-        if application != APPLICATION_ID:
-            raise JournalError(f"{self.path} is not a journal of this bus", hint="move it aside")
-        if version != VERSION:
-            raise JournalError(
-                f"{self.path} has version {version}, this program knows {VERSION}",
-                hint="install the bitten-event-bus that wrote it, or move it aside",
-            )
+        ]
+        # Both ends decide which seq comes next and which is refused: they have to be right.
+        for row in (self._row(_FIRST), self._row(_LAST)):
+            if row and not is_intact(*row):
+                raise JournalDamaged(
+                    f"{self.path}: the batch at seq {row[0]} is damaged (CRC-32)", hint=DAMAGE_HINT
+                )
+        self.last_seq: int = max(
+            row[0] + row[1] - 1 if row else 0,
+            self._meta("trimmed_seq"),
+            *(loss.last_seq or 0 for loss in self.losses),
+        )
+        self.first_seq = self._first_seq()
+        self.producers = self._load_producers()
 
     def append(
         self,
@@ -149,7 +92,7 @@ class Journal:
         count: int,
         received_at: float,
         *,
-        runs: list[tuple[Producer, int, int, int]],
+        runs: list[Run],
         opaque_ids: list[tuple[str, int]],
     ) -> int:
         """Store canonical batches as one, and return the first event's seq after the fsync.
@@ -165,7 +108,13 @@ class Journal:
             db.execute("BEGIN IMMEDIATE")
             db.execute(
                 "INSERT INTO batch VALUES (?,?,?,?,?)",
-                (first_seq, count, received_at, zlib.crc32(body), body),
+                (
+                    first_seq,
+                    count,
+                    received_at,
+                    checksum(first_seq, count, received_at, body),
+                    body,
+                ),
             )
             if runs:
                 db.executemany(
@@ -200,10 +149,11 @@ class Journal:
         """Batches from the one that holds `from_seq` on, at least one, past `max_bytes` by one at
         the most; empty at the end of the journal.
 
-        Ends before a damaged batch; raises DamagedBatch if that is the first one.
+        Ends before a damaged or lost batch; raises DamagedBatch if that is the first one.
         """
         batches: list[Batch] = []
         size = 0
+        want = lost_from = from_seq
         try:
             start = self._row(
                 "SELECT first_seq FROM batch WHERE first_seq <= ? ORDER BY first_seq DESC LIMIT 1",
@@ -213,18 +163,27 @@ class Journal:
                 "SELECT * FROM batch WHERE first_seq >= ? ORDER BY first_seq",
                 (start[0] if start else from_seq,),
             ):
-                if first_seq + count <= from_seq:
+                if not is_intact(first_seq, count, received_at, crc, body):
+                    if batches:
+                        break
+                    lost_from = min(lost_from, max(first_seq, self.first_seq))
                     continue
-                if zlib.crc32(body) != crc:
-                    if not batches:
-                        raise DamagedBatch(self.path, first_seq, first_seq + count)
-                    break
+                if first_seq + count <= want:
+                    lost_from = first_seq + count
+                    continue
+                if first_seq > want:
+                    if batches:
+                        break
+                    raise DamagedBatch(self.path, lost_from, first_seq)
                 batches.append(Batch(first_seq, count, received_at, body))
+                want = first_seq + count
                 size += len(body)
                 if size >= max_bytes:
                     break
         except apsw.Error as e:
-            raise JournalError(f"cannot read {self.path}: {e}", hint=_READ_HINT) from e
+            raise self._read_error(e) from e
+        if not batches and from_seq <= self.last_seq:
+            raise DamagedBatch(self.path, lost_from, self.last_seq + 1)
         return batches
 
     def line(self, seq: int) -> bytes | None:
@@ -233,9 +192,14 @@ class Journal:
         if not first_seq <= seq < first_seq + len(lines):
             # Kept, because events that are sent again come by the batch.
             try:
-                batch = self.read(seq, 1)[0]
+                batches = self.read(seq, 1)
             except DamagedBatch:
                 return None
+            if not batches:
+                raise JournalDamaged(
+                    f"{self.path}: an id leads to seq {seq}, past its end", hint=DAMAGE_HINT
+                )
+            (batch,) = batches
             first_seq, lines = self._lines = batch.first_seq, batch.body.split(b"\n")[:-1]
         return lines[seq - first_seq]
 
@@ -280,24 +244,56 @@ class Journal:
         except apsw.Error as e:
             raise self._write_error(e) from e
 
-    def size_bytes(self) -> int:
-        """Bytes in use, free pages not counted."""
-        pages = self._row("PRAGMA page_count")[0] - self._row("PRAGMA freelist_count")[0]
-        return int(pages * self._row("PRAGMA page_size")[0])
-
-    def has_room(self, size_bytes: int) -> bool:
-        """Whether the journal's disk has that much space now."""
-        probe = self.path.with_suffix(".probe")
+    def adopt(self, *, journal_id: str | None, epoch: int, trimmed_seq: int) -> None:
+        """Become another journal's successor: its identity (a new one if None), its starts, and
+        what it had trimmed. Raises JournalError."""
+        self.journal_id = journal_id or self.journal_id
+        values = {"journal_id": self.journal_id, "epoch": epoch, "trimmed_seq": trimmed_seq}
         try:
-            fd = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                os.posix_fallocate(fd, 0, size_bytes)
-            finally:
-                os.close(fd)
-                probe.unlink()
-        except OSError:
-            return False
-        return True
+            with self._db:
+                self._db.executemany(
+                    "UPDATE meta SET value = ?2 WHERE key = ?1", list(values.items())
+                )
+        except apsw.Error as e:
+            raise self._write_error(e) from e
+        self.last_seq = trimmed_seq
+
+    def save_producers(self) -> None:
+        """Write all that is known of producers. Raises JournalError."""
+        try:
+            with self._db:
+                self._db.executemany(
+                    "INSERT OR REPLACE INTO producer VALUES (?,?,?,?,?,?)",
+                    map(msgspec.structs.astuple, self.producers.values()),
+                )
+        except apsw.Error as e:
+            raise self._write_error(e) from e
+
+    def record_loss(self, loss: LostRange) -> None:
+        """Keep account of a range that is lost, unless it is known; one at the end moves the end.
+
+        Raises JournalError.
+        """
+        try:
+            with self._db:
+                self._db.execute(
+                    "INSERT OR IGNORE INTO lost_range VALUES (?,?,?,?,?,?)",
+                    msgspec.structs.astuple(loss),
+                )
+        except apsw.Error as e:
+            raise self._write_error(e) from e
+        if not any(known.first_seq == loss.first_seq for known in self.losses):
+            self.losses.insert(0, loss)
+        self.last_seq = max(self.last_seq, loss.last_seq or 0)
+
+    def losses_are_told(self) -> None:
+        """The `journal_loss` events of all that is lost are stored. Raises JournalError."""
+        try:
+            with self._db:
+                self._db.execute("UPDATE lost_range SET told = 1 WHERE NOT told")
+        except apsw.Error as e:
+            raise self._write_error(e) from e
+        self.losses = [msgspec.structs.replace(loss, told=True) for loss in self.losses]
 
     def seq_to_trim(self, *, older_than: float, max_bytes: int) -> int:
         """The seq before which everything may go by age; by size, a tenth of the journal more."""
@@ -344,12 +340,12 @@ class Journal:
         """Know of producers what is on disk."""
         self.producers = self._load_producers()
 
-    def close(self) -> None:
-        self._db.close()
-
     def _first_seq(self) -> int:
+        """A range that was lost before anything was trimmed counts as part of the journal."""
+        trimmed = self._meta("trimmed_seq")
+        lost = [x.first_seq for x in self.losses if x.last_seq and x.first_seq > trimmed]
         row = self._row("SELECT min(first_seq) FROM batch")
-        return row[0] if row[0] is not None else self.last_seq + 1
+        return min([row[0] if row[0] is not None else self.last_seq + 1, *lost])
 
     def _load_producers(self) -> dict[str, Producer]:
         rows = self._db.execute(
@@ -358,22 +354,3 @@ class Journal:
         producers = {row[1]: Producer(*row) for row in rows}
         self._next_producer = max((p.id for p in producers.values()), default=0) + 1
         return producers
-
-    def _meta(self, key: str, default: Any = None) -> Any:
-        row = self._row("SELECT value FROM meta WHERE key = ?", key)
-        return default if row is None else row[0]
-
-    def _row(self, sql: str, *values: Any) -> Any:
-        try:
-            return self._db.execute(sql, values).fetchone()
-        except apsw.Error as e:
-            raise JournalError(f"cannot read {self.path}: {e}", hint=_READ_HINT) from e
-
-    def _write_error(self, error: apsw.Error) -> JournalError:
-        if isinstance(error, apsw.FullError):
-            return JournalFull(
-                f"no space left for {self.path}", hint="free some; events wait meanwhile"
-            )
-        return JournalError(
-            f"cannot write {self.path}: {error}", hint="check the disk and its rights"
-        )

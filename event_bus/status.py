@@ -12,8 +12,9 @@ import psutil
 
 from event_bus.consumers import Consumers
 from event_bus.envelope import Envelope
-from event_bus.health import ConsumerFacts, Facts, Health
+from event_bus.health import ConsumerFacts, Facts, Health, LossFacts
 from event_bus.intake import SOURCE, Intake
+from event_bus.journal_format import LostRange
 from event_bus.version import __version__
 
 MAX_PRODUCERS = 1_000
@@ -56,6 +57,8 @@ class BrokerStatus:
                 latest=self._latest,
                 storage_full_since=self.storage_full_since,
                 storage=str(self._journal.path),
+                recovered=self._journal.recovered,
+                losses=[_loss_facts(loss) for loss in self._journal.losses],
                 journal_held_by=self.journal_held_by,
                 consumers={
                     name: ConsumerFacts(self._consumers.lag(c), c.silent_s, c.problem)
@@ -142,3 +145,13 @@ class BrokerStatus:
 
     def _memory_mb(self) -> float:
         return round(self._process.memory_info().rss / 1e6, 1)
+
+
+def _loss_facts(loss: LostRange) -> LossFacts:
+    if loss.last_seq is None:
+        what = f"what followed event {loss.first_seq - 1}"
+    elif loss.last_seq == loss.first_seq:
+        what = f"event {loss.first_seq}"
+    else:
+        what = f"events {loss.first_seq} to {loss.last_seq}"
+    return LossFacts(what, loss.found_at, loss.reason, loss.file)

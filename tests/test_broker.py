@@ -28,7 +28,7 @@ import schemas
 from event_bus import envelope, protocol
 from event_bus.broker import Broker
 from event_bus.envelope import Envelope, new_producer
-from event_bus.errors import BusRefused, TrimmedRange
+from event_bus.errors import BusRefused, BusUnavailable, TrimmedRange
 from event_bus.protocol import Client, FetchReply
 from event_bus.settings import Settings
 
@@ -558,3 +558,88 @@ def test_spool_of_a_dead_process_waits_for_room_without_a_busy_loop(tmp_path: Pa
                 assert list(system.settings.spool.glob("*.ndjson")) == []
         finally:
             system.close()
+
+
+def test_damaged_events_are_told_once_as_an_event_and_as_a_problem(start: Start) -> None:
+    bus = start()
+    for n in range(3):
+        bus.publish(line(str(n)))
+    other = apsw.Connection(str(bus.settings.journal))
+    other.execute("UPDATE batch SET body = zeroblob(length(body)) WHERE first_seq = 3")
+    other.close()
+    for _ in range(3):
+        with pytest.raises(TrimmedRange):
+            bus.fetch(from_seq=3)
+    bus.later(1.0)
+    wait_until(lambda: bus.client.status()["state"] == "journal_damaged", "it is a problem")
+
+    def told() -> list[dict[str, Any]]:
+        _, events = bus.fetch(from_seq=4)
+        return [e["data"] for e in events if e["event_type"] == "journal_loss"]
+
+    wait_until(told, "it is an event")
+    bus.later(1.0)
+    assert told() == [
+        {
+            "first_seq": 3,
+            "last_seq": 3,
+            "events": 1,
+            "reason": "CRC-32 is wrong",
+            "file": "journal.db",
+        }
+    ]
+    refused = bus.publish(line("x", "journal_loss", first_seq=1, reason="not the client's to say"))
+    assert refused["rejected"] == 1
+
+
+def test_journal_found_broken_while_running_is_recovered_by_the_next_start(
+    system: System,
+) -> None:
+    process = system.start_bus()
+    client = Client(system.settings.ingress_url)
+    for n in range(300):
+        assert client.publish(line(f"id-{n}", action="x" * 5_000))["accepted"] == 1
+    journal = system.settings.journal
+    other = apsw.Connection(str(journal))
+    other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    root = other.execute("SELECT rootpage FROM sqlite_master WHERE name = 'batch'").get
+    other.close()
+    with journal.open("r+b") as file:
+        file.seek((root - 1) * 8_192)
+        file.write(b"\xff" * 8_192)
+    with contextlib.suppress(BusRefused, BusUnavailable):
+        client.receive(client.send(protocol.FETCH, b'{"from_seq":1}'), 5)
+        client.publish(line("one more"))
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == 5, output
+    assert "journal.db is damaged" in output or "cannot read" in output
+    system.start_bus()
+    status = system.status()
+    assert status is not None
+    assert status["state"] == "journal_recovered"
+    assert status["epoch"] == 2
+    found = []
+    while len(found) < 300:
+        request = {"from_seq": status["first_seq"] + len(found) + 1}
+        reply = client.receive(client.send(protocol.FETCH, json.dumps(request).encode()), 5)
+        skip = request["from_seq"] - json.loads(reply[0])["batches"][0][0]
+        found += [e.event_id for body in reply[1:] for e in envelope.decode_lines(body)][skip:]
+    assert found[:300] == [f"id-{n}" for n in range(300)]
+    assert client.publish(line("id-7", action="x" * 5_000))["duplicates"] == 1
+    client.close()
+
+
+def test_journal_removed_under_the_bus_is_put_back_and_nothing_acked_is_lost(bus: System) -> None:
+    client = Client(bus.settings.ingress_url)
+    for n in range(100):
+        assert client.publish(line(f"id-{n}"))["accepted"] == 1
+    for path in bus.home.glob("journal.db*"):
+        path.unlink()
+    assert client.publish(line("id-100"))["accepted"] == 1
+    wait_until(bus.settings.journal.exists, "it is back", 8.0)
+    assert client.publish(line("id-101"))["accepted"] == 1
+    bus.processes[0].kill()
+    bus.processes[0].wait()
+    bus.start_bus()
+    assert [client.publish(line(f"id-{n}"))["duplicates"] for n in range(102)] == [1] * 102
+    client.close()

@@ -11,7 +11,7 @@ from disks import small_disk
 from test_broker import Start, line, start  # noqa: F401 — a fixture
 
 from event_bus.errors import BusRefused
-from event_bus.health import ConsumerFacts, Facts, Health, find_problems
+from event_bus.health import ConsumerFacts, Facts, Health, LossFacts, find_problems
 from event_bus.protocol import Client
 
 WELL = ConsumerFacts(lag=5, silent_s=29.0, problem="")
@@ -20,6 +20,11 @@ EVERYTHING = Facts(
     latest=3_700.0,
     storage_full_since=90.0,
     storage="/home/journal.db",
+    losses=[
+        LossFacts("events 3 to 4", 50.0, "CRC-32 is wrong", "journal.db"),
+        LossFacts("event 9", 100.0 - 86_400, "as old as a day", ""),
+    ],
+    recovered="it is empty; what it was is journal.db.corrupt-1",
     journal_held_by="slow",
     consumers={
         "well": WELL,
@@ -41,6 +46,8 @@ def test_each_problem_is_named_with_a_remedy_and_the_gravest_comes_first() -> No
     found = {p.code: p for p in find_problems(EVERYTHING)}
     assert list(found) == [
         "storage_full",
+        "journal_damaged",
+        "journal_recovered",
         "consumer_problem",
         "consumer_stalled",
         "journal_held",
@@ -49,6 +56,7 @@ def test_each_problem_is_named_with_a_remedy_and_the_gravest_comes_first() -> No
     ]
     assert "/home/journal.db" in found["storage_full"].message
     assert found["storage_full"].since == 90.0
+    assert "events 3 to 4: CRC-32 is wrong" in found["journal_damaged"].message
     assert "sick cannot store: database is locked" in found["consumer_problem"].message
     assert "slow has stopped asking: 7 events" in found["consumer_stalled"].message
     assert found["consumer_stalled"].since == 70.0

@@ -260,10 +260,11 @@ def test_event_whose_place_was_trimmed_is_still_recognised(opened: Opened) -> No
 
 
 def test_resend_of_a_damaged_batch_is_counted_and_ends_nothing(opened: Opened) -> None:
-    opened.take(run(1, 3))
-    opened.journal._db.execute("UPDATE batch SET body = zeroblob(length(body))")
+    for first in (1, 4, 7):
+        opened.take(run(first, first + 2))
+    opened.journal._db.execute("UPDATE batch SET body = zeroblob(length(body)) WHERE first_seq = 4")
     opened.restart()
-    assert opened.counts(run(1, 4)) == (1, 3, 0, 0)
+    assert opened.counts(run(4, 10)) == (1, 6, 0, 0)
 
 
 def test_report_that_is_too_long_is_left_out(opened: Opened) -> None:

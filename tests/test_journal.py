@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import apsw
 import pytest
 from disks import small_disk
 
-from event_bus.errors import JournalError, JournalFull
+from event_bus.errors import JournalDamaged, JournalError, JournalFull
 from event_bus.journal import DamagedBatch, Journal
 
 
@@ -100,9 +101,13 @@ def test_damaged_batch_is_found_out_and_the_others_are_served(journal: Journal) 
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
-        ("PRAGMA application_id=1", "is not a journal of this bus; move it aside"),
+        (
+            "DROP TABLE batch; PRAGMA application_id=1",
+            "is not a journal of this bus; move it aside",
+        ),
         ("PRAGMA user_version=2", "has version 2, this program knows 1; install"),
-        ("DROP TABLE meta", "no such table: meta; "),
+        ("PRAGMA application_id=1", "its header is damaged; the next start makes a new one"),
+        ("DROP TABLE meta", "no such table: meta; the next start makes a new one"),
     ],
 )
 def test_foreign_or_other_version_is_refused_in_one_line(
@@ -119,10 +124,10 @@ def test_foreign_or_other_version_is_refused_in_one_line(
 @pytest.mark.parametrize(
     "content", [b"no database at all" * 100, b"SQLite format 3\0" + bytes(5000)]
 )
-def test_file_that_is_no_database_is_refused_and_left_alone(tmp_path: Path, content: bytes) -> None:
+def test_file_that_is_no_database_is_damaged_and_left_alone(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "journal.db"
     path.write_bytes(content)
-    with pytest.raises(JournalError, match="move it aside"):
+    with pytest.raises(JournalDamaged, match="file is not a database"):
         Journal(path)
     assert path.read_bytes() == content
 
@@ -177,6 +182,36 @@ def test_seq_at_a_time_is_the_first_received_from_then_on(journal: Journal) -> N
     for text, received_at in [("ab", 10.0), ("cd", 30.0), ("ef", 20.0)]:
         append(journal, text, received_at)
     assert [journal.seq_at(t) for t in (0.0, 10.0, 15.0, 25.0, 31.0)] == [1, 1, 3, 3, 7]
+
+
+@pytest.mark.parametrize("column", ["first_seq", "count", "received_at", "body"])
+def test_row_that_damage_has_changed_in_any_column_is_not_served(
+    journal: Journal, column: str
+) -> None:
+    for text in ("ab", "cd", "ef"):
+        append(journal, text, 10.0)
+    changed = {"first_seq": "4", "count": "1", "received_at": "11.0", "body": "x'630a640b'"}
+    journal._db.execute(f"UPDATE batch SET {column} = {changed[column]} WHERE first_seq = 3")
+    with pytest.raises(DamagedBatch):
+        journal.read(3, 1000)
+    assert [b.first_seq for b in journal.read(5, 1000)] == [5]
+
+
+def test_journal_whose_rows_have_a_checksum_of_the_body_alone_is_read(journal: Journal) -> None:
+    append(journal, "ab", 10.0)
+    journal._db.execute("UPDATE batch SET crc32 = ?", (zlib.crc32(b"a\nb\n"),))
+    again = reopened(journal)
+    assert [b.body for b in again.read(1, 1000)] == [b"a\nb\n"]
+    again.close()
+
+
+@pytest.mark.parametrize("seq", [1, 5])
+def test_damage_at_either_end_is_found_at_the_start(journal: Journal, seq: int) -> None:
+    for text in ("ab", "cd", "ef"):
+        append(journal, text)
+    journal._db.execute("UPDATE batch SET count = 1 WHERE first_seq = ?", (seq,))
+    with pytest.raises(JournalDamaged, match=f"the batch at seq {seq} is damaged"):
+        reopened(journal)
 
 
 def test_consumers_are_remembered_and_forgotten(journal: Journal) -> None:

@@ -49,7 +49,7 @@ def test_every_stored_type_has_its_relation(path: Path) -> None:
     views = set(by_program(path, "SELECT name FROM sqlite_master WHERE type = 'view'"))
     seed = {"events", "signal_events", "trade_events", "health_events", "rejected_events"}
     others = {"fire_command", "balance_update", "user_action", "market_data", "pattern_detected"}
-    assert views == seed | others | {"bridge_loss"}
+    assert views == seed | others | {"bridge_loss", "journal_loss"}
 
 
 def test_relations_have_seq_times_fields_and_who(path: Path) -> None:

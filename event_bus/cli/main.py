@@ -37,7 +37,7 @@ class CommandGroup(click.Group):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Every option is also a variable (BITTEN_HOME, BITTEN_DB, …) and a line of "
     "$BITTEN_HOME/config.yaml. Exit codes: 0 yes, 1 no (refused, lost), 2 wrong use, "
-    "3 the bus does not answer, 4 a file, port or lock is not to be had.",
+    "3 the bus does not answer, 4 a file, port or lock is not to be had, 5 the journal failed.",
 )
 @click.option("--home", help="Directory of all files.  [default: ~/.bitten]", metavar="DIR")
 @click.option("--db", help="The database.  [default: HOME/bitten_events.db]", metavar="FILE")

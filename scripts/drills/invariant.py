@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
+import struct
 import zlib
 from collections import Counter
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from typing import Any
 
 from record import Record
 
-OWN_TYPES = ("bridge_loss", "event_rejected")
+OWN_TYPES = ("bridge_loss", "event_rejected", "journal_loss")
 _ID = re.compile(rb'\{"event_id":"((?:[^"\\]|\\.)*)"')
 _NATIVE = re.compile(r"([0-9a-f]{20})-([1-9][0-9]*)")
 MAX_BREACHES = 20
@@ -129,14 +130,15 @@ def _check_journal(
 ) -> None:
     """Its batches follow each other, are what was written, and are what the database has."""
     expected = None
-    for first_seq, count, crc, body in log.execute(
-        "SELECT first_seq, count, crc32, body FROM batch ORDER BY first_seq"
+    for first_seq, count, received_at, crc, body in log.execute(
+        "SELECT * FROM batch ORDER BY first_seq"
     ):
         if expected is not None and first_seq != expected:
             _breach(verdict, f"the journal goes from seq {expected - 1} to {first_seq}")
         expected = first_seq + count
         lines = body.split(b"\n")[:-1]
-        if zlib.crc32(body) != crc or len(lines) != count:
+        head = zlib.crc32(struct.pack("<qqd", first_seq, count, received_at))
+        if zlib.crc32(body, head) != crc or len(lines) != count:
             if not any(a <= first_seq and first_seq + count - 1 <= b for a, b in gaps):
                 _breach(verdict, f"the journal is damaged from seq {first_seq} on, and no gap")
             continue

@@ -1,0 +1,203 @@
+"""The journal as a file: opened, checked, copied, put back; errors told apart."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import apsw
+
+from event_bus import database
+from event_bus.errors import JournalDamaged, JournalError, JournalFailed, JournalFull
+from event_bus.journal_format import (
+    APPLICATION_ID,
+    LOST_RANGE,
+    PAGE_BYTES,
+    SCHEMA,
+    VERSION,
+    is_damage,
+)
+
+DAMAGE_HINT = "the next start makes a new one of all that can be read of it"
+
+
+class JournalFile:
+    """Opens the journal at `path`, or creates it with `origin_seq` as its first seq.
+
+    Raises JournalError, also from every method; JournalDamaged, one of them, if the file is not
+    what was written. With `create` False a file without tables is damaged too.
+    """
+
+    def __init__(self, path: Path, *, create: bool = True, origin_seq: int = 1) -> None:
+        self.path = path
+        try:
+            if create:
+                path.touch(0o600)  # the WAL beside it takes over these rights
+            self._connect()
+        except (apsw.Error, OSError) as e:
+            raise self._open_error(e) from e
+        try:
+            self._prepare(origin_seq if create else None)
+        except apsw.Error as e:
+            self._db.close()
+            raise self._open_error(e) from e
+        except JournalError:
+            self._db.close()
+            raise
+
+    def _prepare(self, origin_seq: int | None) -> None:
+        # By what it holds, not by its size: a start may have died while creating it.
+        if self._row("SELECT count(*) FROM sqlite_master")[0] == 0:
+            if origin_seq is None:
+                raise JournalDamaged(f"{self.path} is empty", hint=DAMAGE_HINT)
+            self._create(origin_seq)
+        self._check_version()
+        try:
+            self._load()
+        except TypeError as e:  # a row of meta is not there, or not a number
+            raise JournalDamaged(f"{self.path} is damaged: {e}", hint=DAMAGE_HINT) from e
+
+    def _load(self) -> None:
+        """Learn what the file holds, once it is known to be a journal."""
+        raise NotImplementedError
+
+    def _open_error(self, error: Exception) -> JournalError:
+        if isinstance(error, apsw.Error) and is_damage(error):
+            return JournalDamaged(f"{self.path} is damaged: {error}", hint=DAMAGE_HINT)
+        reason = error.strerror if isinstance(error, OSError) else error
+        return JournalError(
+            f"cannot open {self.path}: {reason}", hint="check the disk and its rights"
+        )
+
+    def _connect(self) -> None:
+        self._db = database.connect(self.path)
+        stat = self.path.stat()
+        self._file = stat.st_dev, stat.st_ino
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.execute("PRAGMA wal_autocheckpoint=4000")
+        self._db.execute("PRAGMA journal_size_limit=67108864")
+
+    def _create(self, origin_seq: int) -> None:
+        self._db.execute(f"PRAGMA page_size={PAGE_BYTES}")
+        self._db.execute("PRAGMA journal_mode=WAL")
+        with self._db:
+            self._db.execute(SCHEMA)
+            self._db.execute(LOST_RANGE)
+            self._db.execute(f"PRAGMA application_id={APPLICATION_ID}")
+            self._db.execute(f"PRAGMA user_version={VERSION}")
+            self._db.executemany(
+                "INSERT INTO meta VALUES (?, ?)",
+                [
+                    ("journal_id", secrets.token_hex(8)),
+                    ("epoch", 0),
+                    ("trimmed_seq", origin_seq - 1),
+                    ("origin_seq", origin_seq),
+                ],
+            )
+
+    def _check_version(self) -> None:
+        application = self._row("PRAGMA application_id")[0]
+        version = self._row("PRAGMA user_version")[0]
+        if application != APPLICATION_ID:
+            tables = self._row(
+                "SELECT count(*) FROM sqlite_master WHERE name IN ('batch', 'opaque_id', 'run')"
+            )
+            if tables[0] == 3:
+                raise JournalDamaged(f"{self.path}: its header is damaged", hint=DAMAGE_HINT)
+            raise JournalError(f"{self.path} is not a journal of this bus", hint="move it aside")
+        if version != VERSION:
+            raise JournalError(
+                f"{self.path} has version {version}, this program knows {VERSION}",
+                hint="install the bitten-event-bus that wrote it, or move it aside",
+            )
+
+    def is_in_place(self) -> bool:
+        """False if the file was removed or replaced since it was opened."""
+        try:
+            stat = self.path.stat()
+        except OSError:
+            return False
+        return (stat.st_dev, stat.st_ino) == self._file
+
+    def copy_to(self, path: Path, on_progress: Callable[[], None]) -> None:
+        """Write all that the open file holds to a new one, and sync it."""
+        flags = database.READ_WRITE | apsw.SQLITE_OPEN_CREATE
+        try:
+            copy = database.connect(path, flags)
+            try:
+                with copy.backup("main", self._db, "main") as backup:
+                    while not backup.done:
+                        backup.step(1_000)
+                        on_progress()
+            finally:
+                copy.close()
+        except apsw.Error as e:
+            raise self._write_error(e) from e
+
+    def reopen(self, put_in_place: Callable[[], None]) -> None:
+        """Go on with the file that `put_in_place` puts at the same path; it holds the same."""
+        self._db.close()
+        put_in_place()
+        try:
+            self._connect()
+        except apsw.Error as e:
+            raise JournalFailed(f"cannot open {self.path}: {e}") from e
+
+    @contextlib.contextmanager
+    def filling(self) -> Iterator[None]:
+        """Commits within are not synced one by one; at the end all of it is, at once."""
+        self._db.execute("PRAGMA synchronous=OFF")
+        yield
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def size_bytes(self) -> int:
+        """Bytes in use, free pages not counted."""
+        pages = self._row("PRAGMA page_count")[0] - self._row("PRAGMA freelist_count")[0]
+        return int(pages * self._row("PRAGMA page_size")[0])
+
+    def has_room(self, size_bytes: int) -> bool:
+        """Whether the journal's disk has that much space now."""
+        probe = self.path.with_suffix(".probe")
+        try:
+            fd = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, size_bytes)
+            finally:
+                os.close(fd)
+                probe.unlink()
+        except OSError:
+            return False
+        return True
+
+    def close(self) -> None:
+        self._db.close()
+
+    def _meta(self, key: str, default: Any = None) -> Any:
+        row = self._row("SELECT value FROM meta WHERE key = ?", key)
+        return default if row is None else row[0]
+
+    def _row(self, sql: str, *values: Any) -> Any:
+        try:
+            return self._db.execute(sql, values).fetchone()
+        except apsw.Error as e:
+            raise self._read_error(e) from e
+
+    def _read_error(self, error: apsw.Error) -> JournalError:
+        kind = JournalDamaged if is_damage(error) else JournalFailed
+        return kind(f"cannot read {self.path}: {error}", hint=DAMAGE_HINT)
+
+    def _write_error(self, error: apsw.Error) -> JournalError:
+        if isinstance(error, apsw.FullError):
+            return JournalFull(
+                f"no space left for {self.path}", hint="free some; events wait meanwhile"
+            )
+        if is_damage(error):
+            return JournalDamaged(f"{self.path} is damaged: {error}", hint=DAMAGE_HINT)
+        return JournalFailed(
+            f"cannot write {self.path}: {error}", hint="check the disk and its rights"
+        )

@@ -1,0 +1,283 @@
+"""Opens the journal, and makes a new one of what is left of a damaged one.
+
+Nothing is deleted: what stands in the way is renamed. The new file is built beside the old one as
+`journal.recovering`, is called `journal.recovered` once it is whole and synced, and only then put
+in place; a start that finds it so goes on there, so a crash in between costs nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import apsw
+import msgspec
+
+from event_bus import database
+from event_bus.carve import Carved, Pages, carve, read_batch
+from event_bus.errors import JournalDamaged, JournalError
+from event_bus.journal import Journal
+from event_bus.journal_format import LostRange, Run
+
+log = logging.getLogger(__name__)
+
+_EVENT_ID = re.compile(rb'^\{"event_id":("(?:[^"\\]|\\.)*")', re.MULTILINE)
+_NATIVE_ID = re.compile(r"([0-9a-f]{20})-([1-9][0-9]{0,17})")
+_JOURNAL_ID = re.compile(r"[0-9a-f]{16}")
+
+
+def open_journal(path: Path, db: Path, clock: Callable[[], float] = time.time) -> Journal:
+    """The journal at `path`, recovered if it is damaged, empty or gone.
+
+    `db` is the events database: what it holds was in the journal once, so seqs go on after that.
+    Raises JournalError.
+    """
+    try:
+        _finish(path, "replaced", clock)
+        reason = _marked(path) or _missing(path, db)
+        if reason is None:
+            fresh = not path.exists() or path.stat().st_size == 0
+            try:
+                return Journal(path, create=fresh or _last_stored(db)[0] == 0)
+            except JournalDamaged as e:
+                reason = str(e)
+        log.error("recovering the journal: %s", reason)
+        aside = _rebuild(path, db, reason, clock)
+        journal = Journal(path)
+        journal.recovered = f"{reason}; what it was is {aside.name}"
+        return journal
+    except OSError as e:
+        raise JournalError(
+            f"cannot open {path}: {e.strerror}", hint="check the disk and its rights"
+        ) from e
+
+
+def mark_damaged(path: Path, reason: str) -> None:
+    """Have the next start recover the journal, and not trust it again."""
+    try:
+        _marker(path).write_text(reason, encoding="utf-8")
+    except OSError as e:
+        log.error("cannot write %s: %s", _marker(path), e.strerror)
+
+
+def put_back(journal: Journal, clock: Callable[[], float], on_progress: Callable[[], None]) -> None:
+    """The file was removed or replaced while it is open: put all it holds in its place again.
+
+    Raises JournalError.
+    """
+    new = journal.path.with_suffix(".recovering")
+    try:
+        _remove(new)
+        journal.copy_to(new, on_progress)
+        _seal(new, journal.path)
+        journal.reopen(lambda: _finish(journal.path, "replaced", clock))
+    except OSError as e:
+        raise JournalError(f"cannot put {journal.path} back: {e.strerror}") from e
+
+
+def _missing(path: Path, db: Path) -> str | None:
+    """Why the journal is not what it should be, if it is not there or has no bytes."""
+    if path.exists() and path.stat().st_size:
+        return None
+    what = f"{path} is {'empty' if path.exists() else 'not there'}"
+    wal = Path(f"{path}-wal")
+    if wal.exists() and wal.stat().st_size:
+        return f"{what}, but {wal.name} is"
+    last, _ = _last_stored(db)
+    return f"{what}, but {db} holds events up to seq {last}" if last else None
+
+
+def _last_stored(db: Path) -> tuple[int, str | None]:
+    """The last seq in the events database, and the journal it came from; 0 if it cannot be had."""
+    try:
+        connection = database.connect(db, database.READ_ONLY, busy_timeout_ms=500)
+        try:
+            rows = connection.execute("SELECT seq FROM events ORDER BY seq DESC LIMIT 1").fetchall()
+            named = connection.execute(
+                "SELECT value FROM _meta WHERE key = 'journal_id'"
+            ).fetchall()
+        finally:
+            connection.close()
+    except apsw.Error:
+        return 0, None
+    last: Any = rows[0][0] if rows else 0
+    return last, str(named[0][0]) if named else None
+
+
+def _rebuild(path: Path, db: Path, reason: str, clock: Callable[[], float]) -> Path:
+    new = path.with_suffix(".recovering")
+    _remove(new)
+    last_stored, stored_id = _last_stored(db)
+    aside = _aside(path, "corrupt", clock)
+    with Pages(path) as pages:
+        carved = carve(pages)
+        origin_seq, trimmed_seq = _beginning(carved, last_stored)
+        journal = Journal(new, origin_seq=origin_seq)
+        with journal.filling():
+            journal.adopt(
+                journal_id=_identity(carved, stored_id),
+                epoch=_number(carved, "epoch"),
+                trimmed_seq=trimmed_seq,
+            )
+
+            def lose(first: int, last: int | None) -> None:
+                loss = LostRange(first, last, clock(), reason, aside.name)
+                journal.record_loss(loss)
+                log.error("events %d to %s are lost: %s", first, last or "an unknown end", reason)
+
+            _copy(carved, pages, journal, lose)
+            end = max(carved.end(), last_stored)
+            if end > journal.last_seq:
+                lose(journal.last_seq + 1, end)
+            if not carved.batches and not carved.end():
+                lose(journal.last_seq + 1, None)
+            journal.save_consumers(
+                {n: c for n, c in carved.consumers.items() if 0 < c[0] <= journal.last_seq + 1}
+            )
+        journal.close()
+    _seal(new, path)
+    _finish(path, "corrupt", clock)
+    _marker(path).unlink(missing_ok=True)
+    log.warning("recovered %d batches; the damaged file is %s", len(carved.batches), aside)
+    return aside
+
+
+def _beginning(carved: Carved, last_stored: int) -> tuple[int, int]:
+    """(origin_seq, trimmed_seq) of the new journal."""
+    origin_seq = max(1, _number(carved, "origin_seq"))
+    first = min(carved.batches, default=0)
+    trimmed = _number(carved, "trimmed_seq")
+    if first and ("trimmed_seq" not in carved.meta or trimmed >= carved.end()):
+        # Pages of trimmed batches may not be used again yet, and those are no loss: begin after
+        # the last hole in what every reader who matters has.
+        trimmed = first - 1
+        safe = min([last_stored + 1, *(seq for seq, _ in carved.consumers.values())])
+        end = first
+        for first_seq, place in sorted(carved.batches.items()):
+            if end < first_seq <= safe:
+                trimmed = first_seq - 1
+            end = first_seq + place[2]
+    elif not first and not trimmed:  # nothing is known of it: a new count
+        return last_stored + 1, last_stored
+    return origin_seq, trimmed
+
+
+def _copy(
+    carved: Carved, pages: Pages, journal: Journal, lose: Callable[[int, int | None], None]
+) -> None:
+    """Every intact batch with its seq, and where its ids lie."""
+    for known in carved.producers.values():
+        producer = journal.producer(known.token)
+        producer.last_n, producer.forgotten_n = known.last_n, known.forgotten_n
+        producer.last_seen, producer.report = known.last_seen, known.report
+    journal.save_producers()
+    for first_seq in sorted(carved.batches):
+        if first_seq <= journal.last_seq:  # trimmed, and its page not used again
+            continue
+        if first_seq > journal.last_seq + 1:
+            lose(journal.last_seq + 1, first_seq - 1)
+        batch = read_batch(pages, first_seq, carved.batches[first_seq])
+        runs, opaque_ids = _ids(batch.body, journal)
+        journal.append(
+            [batch.body], batch.count, batch.received_at, runs=runs, opaque_ids=opaque_ids
+        )
+
+
+def _ids(body: bytes, journal: Journal) -> tuple[list[Run], list[tuple[str, int]]]:
+    """What a batch adds to the index of ids, as `Journal.append` takes it."""
+    runs: list[Run] = []
+    opaque_ids: list[tuple[str, int]] = []
+    for index, quoted in enumerate(_EVENT_ID.findall(body)):
+        event_id = msgspec.json.decode(quoted, type=str)
+        native = _NATIVE_ID.fullmatch(event_id)
+        if native is None:
+            if journal.seq_of_opaque(event_id) is None:
+                opaque_ids.append((event_id, index))
+            continue
+        producer, n = journal.producer(native[1]), int(native[2])
+        if runs and runs[-1][0] is producer and runs[-1][2] == n - 1:
+            runs[-1] = (producer, runs[-1][1], n, runs[-1][3])
+        elif journal.seq_of_native(producer, n) is None:
+            runs.append((producer, n, n, index))
+        if not producer.last_n:  # no row of it: what came before was trimmed, or is lost
+            producer.forgotten_n = n - 1
+        producer.last_n = max(producer.last_n, n)
+    return runs, opaque_ids
+
+
+def _identity(carved: Carved, stored_id: str | None) -> str | None:
+    """The journal's own id, else the one under which the database has its events."""
+    own = carved.meta.get("journal_id")
+    if isinstance(own, str) and _JOURNAL_ID.fullmatch(own):
+        return own
+    return stored_id if carved.batches else None
+
+
+def _number(carved: Carved, key: str) -> int:
+    value = carved.meta.get(key)
+    return value if isinstance(value, int) and 0 <= value < 1 << 48 else 0
+
+
+def _seal(new: Path, path: Path) -> None:
+    """The new file is whole: from now on it is the journal, wherever a crash comes."""
+    fd = os.open(new, os.O_RDWR)
+    os.fsync(fd)
+    os.close(fd)
+    new.replace(path.with_suffix(".recovered"))
+    _sync_directory(path.parent)
+
+
+def _finish(path: Path, label: str, clock: Callable[[], float]) -> None:
+    """Put a sealed journal in its place; what stands there is renamed."""
+    recovered = path.with_suffix(".recovered")
+    if not recovered.exists():
+        return
+    aside = _aside(path, label, clock)
+    for suffix in ("", "-wal", "-shm"):
+        old = Path(f"{path}{suffix}")
+        if old.exists():
+            old.rename(f"{aside}{suffix}")
+    _sync_directory(path.parent)
+    recovered.rename(path)
+    _sync_directory(path.parent)
+
+
+def _aside(path: Path, label: str, clock: Callable[[], float]) -> Path:
+    """A free name of the form journal.db.corrupt-20260131T120000Z."""
+    moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(clock()))
+    name = free = Path(f"{path}.{label}-{moment}")
+    n = 1
+    while any(Path(f"{free}{suffix}").exists() for suffix in ("", "-wal", "-shm")):
+        n += 1
+        free = Path(f"{name}-{n}")
+    return free
+
+
+def _marker(path: Path) -> Path:
+    return Path(f"{path}.damaged")
+
+
+def _marked(path: Path) -> str | None:
+    try:
+        return _marker(path).read_text(encoding="utf-8") or "it was found damaged"
+    except FileNotFoundError:
+        return None
+
+
+def _remove(new: Path) -> None:
+    """What an earlier attempt left half made."""
+    for suffix in ("", "-wal", "-shm"):
+        Path(f"{new}{suffix}").unlink(missing_ok=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
