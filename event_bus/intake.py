@@ -84,7 +84,7 @@ class Intake:
         """Take in one batch of newline-delimited JSON. It is on disk only after `commit`.
 
         `report` is the producer's account of itself, kept with the journal's. Raises JournalError
-        when recognising a resent event needed a commit and that failed.
+        when the journal cannot be read.
         """
         receipt = Receipt()
         if report is not None and len(report) > MAX_REPORT_BYTES:
@@ -169,9 +169,10 @@ class Intake:
         self._runs: list[Run] = []
         self._opaque: list[tuple[str, int]] = []
         # Where a resent event may lie that is not in the journal yet: lines taken one by one, by
-        # id, and batches taken whole, as (producer, first n, last n).
+        # id, and batches taken whole, as (producer, first n, last n, batch).
         self._lines: dict[str, bytes] = {}
-        self._whole: list[tuple[Producer, int, int]] = []
+        self._whole: list[tuple[Producer, int, int, bytes]] = []
+        self._split: tuple[bytes, list[bytes]] = (b"", [])
 
     def _add(self, body: bytes, count: int) -> None:
         self._bodies.append(body)
@@ -212,7 +213,7 @@ class Intake:
         if report is not None:
             producer.report = report
         self._runs.append((producer, first, last, self._count))
-        self._whole.append((producer, first, last))
+        self._whole.append((producer, first, last, batch))
         self._add(batch, len(events))
         return True
 
@@ -311,8 +312,9 @@ class Intake:
             n = int(native[2])
             if producer is None or n > producer.last_n:
                 return None
-            if any(p is producer and first <= n <= last for p, first, last in self._whole):
-                self.commit()
+            for taker, first, last, batch in self._whole:
+                if taker is producer and first <= n <= last:
+                    return self._line_of(batch, n - first)
             seq = self.journal.seq_of_native(producer, n)
             forgotten_n = producer.forgotten_n
         if seq is not None:
@@ -323,6 +325,13 @@ class Intake:
                 )
             return line
         return b"" if 0 < n <= forgotten_n else None
+
+    def _line_of(self, batch: bytes, index: int) -> bytes:
+        if (
+            batch is not self._split[0]
+        ):  # kept, because events that are sent again come by the batch
+            self._split = batch, batch.split(b"\n")
+        return self._split[1][index]
 
     def _reject(self, line: bytes, error: RejectedEvent, event: Envelope | None) -> None:
         self.emit("event_rejected", rejection(line, error, event))

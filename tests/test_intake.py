@@ -130,6 +130,21 @@ def test_batch_sent_again_within_one_group_is_recognised(opened: Opened) -> None
     assert len(opened.ids()) == 5
 
 
+def test_recognising_a_batch_of_the_same_group_commits_nothing(opened: Opened) -> None:
+    """A part that was committed on the way was not counted when the rest of its group failed."""
+    opened.intake.take(run(1, 5))
+    receipt = opened.intake.take(event("x") + b"bad\n" + run(3, 5) + event(f"{TOKEN}-4", n=0))
+    assert (receipt.accepted, receipt.duplicates, receipt.rejected, receipt.conflicts) == (
+        1,
+        3,
+        1,
+        1,
+    )
+    assert opened.journal.last_seq == 0
+    opened.intake.commit()
+    assert opened.intake.totals.accepted == len(opened.ids()) == 6
+
+
 def test_two_producers_interleaved_in_one_batch_are_both_in_order(opened: Opened) -> None:
     batch = b"".join(run(n, n) + run(n, n, OTHER) for n in range(1, 6))
     assert opened.counts(batch) == (10, 0, 0, 0)
