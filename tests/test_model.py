@@ -489,4 +489,4 @@ def sizes(**more: Any) -> settings:
 pytestmark = pytest.mark.timeout(400)
 
 TestModel = BusMachine.TestCase
-TestModel.settings = sizes(max_examples=25, derandomize=True, database=None)
+TestModel.settings = sizes(max_examples=15, derandomize=True, database=None)
