@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,10 @@ def free_port() -> int:
 class System:
     """A home of its own with two free ports; daemons and scripts run in it as real processes."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, *, environ: Mapping[str, str] = os.environ) -> None:
         self.home = home
         self.environ = {
-            **{k: v for k, v in os.environ.items() if not k.startswith("BITTEN_")},
+            **{k: v for k, v in environ.items() if not k.startswith("BITTEN_")},
             "BITTEN_HOME": str(home),
             "BITTEN_EVENTS_URL": f"tcp://127.0.0.1:{free_port()}",
             "BITTEN_INGRESS_URL": f"tcp://127.0.0.1:{free_port()}",

@@ -1,6 +1,8 @@
 """Every drill there is: importing a theme puts its drills into the table."""
 
 import backups
+import clocks
+import damage
 import duplicates
 import exits
 import hangs
@@ -8,7 +10,10 @@ import kills
 import later
 import pm2
 import power
+import readers
+import refusals
 import soak
+import space
 import storms
 import subscribers
 import windows
@@ -16,6 +21,8 @@ from harness import DRILLS
 
 THEMES = (
     backups,
+    clocks,
+    damage,
     duplicates,
     exits,
     hangs,
@@ -23,7 +30,10 @@ THEMES = (
     later,
     pm2,
     power,
+    readers,
+    refusals,
     soak,
+    space,
     storms,
     subscribers,
     windows,

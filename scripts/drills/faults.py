@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import disk
@@ -62,6 +63,50 @@ def one_event_dropped(_: str) -> None:
     Store._write_events = forgetful  # type: ignore[method-assign]
 
 
+def ack_what_is_refused(_: str) -> None:
+    """The broker answers a group that it could not write as if it had."""
+    if _program() != "bus":
+        return
+    from event_bus import protocol
+    from event_bus.broker import Broker
+
+    fail = Broker._fail
+
+    def lying(self: Any, route: list[bytes], code: str, *rest: Any) -> None:
+        if code.startswith("storage_"):
+            receipt = b'{"accepted":1,"duplicates":0,"rejected":0,"conflicts":0,"refusals":[]}'
+            self._reply(route, protocol.ACK, receipt)
+        else:
+            fail(self, route, code, *rest)
+
+    Broker._fail = lying  # type: ignore[method-assign]
+
+
+def uncounted_drops(_: str) -> None:
+    """Bridges forget every other drop."""
+    from event_bus.bridge import Bridge
+
+    Bridge.dropped = property(lambda self: (self.overflowed + self.lost) // 2)  # type: ignore[assignment,misc]
+
+
+def no_checksums(_: str) -> None:
+    """The journal takes every body for good."""
+    import zlib
+
+    crc32 = zlib.crc32
+
+    class Alike(int):
+        def __eq__(self, other: object) -> bool:
+            return True
+
+        def __ne__(self, other: object) -> bool:
+            return False
+
+        __hash__ = int.__hash__
+
+    zlib.crc32 = lambda *a: Alike(crc32(*a))  # type: ignore[assignment]
+
+
 def record(path: str) -> None:
     """No fault: what bus and collector do to their files is noted, for a power loss to undo."""
     if _program() in ("bus", "collect"):
@@ -83,9 +128,21 @@ def conflicts_unseen(_: str) -> None:
     Intake._stored_line = careless  # type: ignore[method-assign]
 
 
+def clock(path: str) -> None:
+    """The wall clock of bus and collector is off by the seconds that the file says."""
+    if _program() not in ("bus", "collect"):
+        return
+    now = time.time
+    time.time = lambda: now() + float(Path(path).read_text() or 0)
+
+
 FAULTS: dict[str, Callable[[str], None]] = {
+    "clock": clock,
     "record": record,
     "kill": killpoints.arm,
+    "ack-what-is-refused": ack_what_is_refused,
+    "no-checksums": no_checksums,
+    "uncounted-drops": uncounted_drops,
     "ack-before-fsync": ack_before_fsync,
     "conflicts-unseen": conflicts_unseen,
     "one-event-dropped": one_event_dropped,

@@ -43,7 +43,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from daemons import Up
+from daemons import Up, with_fault
 from invariant import Verdict, check
 from load import Load
 from system import System, wait_until
@@ -109,6 +109,10 @@ class Trial:
         self.up = Up(self.system, self.directory, fault=fault)
         self.up.wait_serving()
         return self.up
+
+    def fault_environ(self, fault: str) -> dict[str, str]:
+        """What puts a fault of faults.py into processes that are not `bitten up`'s."""
+        return with_fault(self.system.environ, fault)
 
     def publish(self, *, lie: bool = False, **load: Any) -> Load:
         """Start the reference load."""

@@ -187,6 +187,8 @@ def _check_publisher(
     own = sum(1 for _, _, is_own in stored if is_own)
     mine = len(stored) - own
     lost = record["dropped"] - (record["attempted"] - record["returned"] - record["refused"])
+    if lost < 0 and record["finished"]:
+        _breach(verdict, f"{-lost} calls of {name} gave no id, and nothing counted them")
     if lost <= 0:
         missing = [n for n in range(1, record["acked"] + 1) if n not in kept]
     else:  # then acknowledgements have no clean front any more: compare counts

@@ -77,6 +77,12 @@ class Load:
         for process in self.processes:
             process.send_signal(signal.SIGUSR1)
 
+    def pause(self) -> None:
+        """Have the publishers emit nothing; call it again to let them go on."""
+        self.wait_started()
+        for process in self.processes:
+            process.send_signal(signal.SIGUSR2)
+
     def stop(self) -> None:
         """Let every publisher flush and end."""
         self.wait_started()
@@ -92,6 +98,17 @@ class Load:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+
+    def acked(self) -> int:
+        """Events acknowledged so far, all publishers together."""
+        return sum(r["acked"] for r in self.records())
+
+    def waiting(self) -> int:
+        """Events that no publisher has heard of yet, as they last said."""
+        return sum(r["waiting"] for r in self.records())
+
+    def attempted(self) -> int:
+        return sum(r["attempted"] for r in self.records())
 
     def records(self) -> list[Record]:
         return [Record(p) for p in self._paths if p.exists()]

@@ -1,8 +1,9 @@
 """A publisher of the reference load: `python publisher.py RECORD RATE SEED [--lie]`.
 
 Emits the standard mix at RATE events/s by its own clock until SIGTERM, then flushes and ends.
-SIGUSR1 makes it emit BURST events at once. Each event carries in `causation_id` how many calls
-came before it, so that order can be told without the bus's own numbers.
+SIGUSR1 makes it emit BURST events at once, SIGUSR2 pause, and go on with the next one. Each event
+carries in `causation_id` how many calls came before it, so that order can be told without the
+bus's own numbers.
 
 A call is too slow if it takes over 20 ms in which the process was not waiting for a CPU: eight
 publishers share the cores with the daemons, and what the kernel's run queue costs is not the
@@ -29,6 +30,7 @@ from event_bus import event_bridge
 LIMIT_NS = 20_000_000
 BURST = 2_500
 FLUSH_S = 30.0
+PAUSE_S = 0.02
 POOL = 4_000
 WAITS = OwnWaits()
 
@@ -38,13 +40,20 @@ def main() -> None:
     pool = mix.events(POOL, seed)
     stopped: list[int] = []
     bursts: list[int] = []
+    pauses: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
     signal.signal(signal.SIGUSR1, lambda *_: bursts.append(1))
+    signal.signal(signal.SIGUSR2, lambda *_: pauses.append(1))
     record = RecordWriter(path)  # with it we are there, and may be signalled
     begin = time.monotonic()
     due = 0
     calls = 0
     while not stopped:
+        if len(pauses) % 2:
+            _note(record)
+            time.sleep(PAUSE_S)
+            begin = time.monotonic() - due / rate
+            continue
         if bursts:
             bursts.pop()
             for _ in range(BURST):
