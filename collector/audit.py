@@ -22,11 +22,12 @@ from collector.ledger import Account, Held, Known, Range
 from collector.reader import Reader
 from collector.spooled import Spooled, read_spools
 from collector.tally import Count, Tally, gaps
+from event_bus import protocol
 from event_bus.errors import BusUnavailable, DatabaseError
 from event_bus.protocol import Client
 from event_bus.settings import Settings
 
-BUS_PATIENCE_S = 0.5
+BUS_PATIENCE_S = 1.0
 CLOCK_SLACK_S = 1.0
 
 
@@ -74,7 +75,8 @@ def audit(settings: Settings, *, full: bool = False) -> Ledger:
         raise DatabaseError(
             f"there is no journal at {settings.journal} yet", hint="start the bus: `bitten up`"
         )
-    status = _bus_status(settings)
+    client = Client(settings.ingress_url) if _bus_may_run(settings) else None
+    request = client.send(protocol.STATUS) if client else b""  # answered while we read
     with JournalView(settings.journal) as journal:
         dead = {p.token for p in journal.producers() if not _is_alive(p)}
     spools = read_spools(settings.spool)
@@ -97,6 +99,7 @@ def audit(settings: Settings, *, full: bool = False) -> Ledger:
         except apsw.Error as e:
             raise DatabaseError(f"cannot read {settings.db}: {e}") from e
         unstored = journal.unstored(stored_seq + 1)
+    status = _answer(client, request) if client else None
     vouched.save(settings.home, opening, journal.journal_id, tally)
     if journal.first_seq > stored_seq + 1:
         ranges.append(
@@ -179,10 +182,11 @@ def _accounts(
     accounts = []
     for token in sorted({*rows, *tally.producers, *spools}):
         row = rows.get(token)
-        held = tally.producers.get(token) or Held()
+        held = tally.producers.get(token) or Held(
+            source=spools[token].source if token in spools else ""
+        )
         last_n = row.last_n if row else 0
         spool = spools.get(token)
-        taken_n = max(last_n, held.rejected_n)
         known = Known(
             producer=token,
             held=held,
@@ -191,7 +195,7 @@ def _accounts(
             last_seen=row.last_seen if row else None,
             alive=row is not None and token not in dead,
             unstored=unstored.get(token, 0),
-            spooled=spool.after(taken_n) if spool else 0,
+            spooled=spool.after(last_n) if spool else 0,
             spooled_n=spool.last_n if spool else 0,
         )
         accounts.append(ledger.account(known, doubt=doubt))
@@ -223,10 +227,19 @@ def _events(ranges: list[Range], kind: str) -> int:
     return sum(r.events for r in ranges if r.kind == kind)
 
 
-def _bus_status(settings: Settings) -> dict[str, Any] | None:
-    client = Client(settings.ingress_url)
+def _bus_may_run(settings: Settings) -> bool:
+    """False if the process that its lock names is gone: then there is no answer to wait for."""
     try:
-        return client.status(BUS_PATIENCE_S)
+        return psutil.pid_exists(int((settings.home / "bus.lock").read_text()))
+    except (OSError, ValueError):
+        return False
+
+
+def _answer(client: Client, request: bytes) -> dict[str, Any] | None:
+    """The bus's status; None if it is away."""
+    try:
+        status: dict[str, Any] = msgspec.json.decode(client.receive(request, BUS_PATIENCE_S)[0])
+        return status
     except BusUnavailable:
         return None
     finally:

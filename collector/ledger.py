@@ -70,9 +70,9 @@ class Account(msgspec.Struct, kw_only=True):
 
     published = acked + in_memory + in_spool + dropped + unaccounted + undecided, and
     acked = stored + unstored + rejected + conflicts + missing. `unaccounted` are nowhere, and
-    nobody said that they were dropped; `overtaken` of them were published before others that the
-    bus has. `undecided` are nowhere yet, but the database lacks events of the journal that may
-    tell. `refused` were refused by the bridge and are not published.
+    nobody said that they were dropped; `undecided` are nowhere yet, but the database lacks events
+    of the journal that may tell. `overtaken` of these, or of those in memory, were published before
+    others that the bus has. `refused` were refused by the bridge and are not published.
     """
 
     producer: str = ""
@@ -138,7 +138,7 @@ def account(known: Known, *, doubt: int) -> Account:
     held = known.held
     report = known.report or Report()
     taken = held.stored + known.unstored + held.rejected + held.missing
-    top = max(known.last_n, held.rejected_n, taken)
+    top = max(known.last_n, taken)
     highest = max(top + known.spooled, known.spooled_n, report.last_n)
     dropped = max(report.dropped, held.dropped)
     nowhere = highest - taken - known.spooled
@@ -147,6 +147,7 @@ def account(known: Known, *, doubt: int) -> Account:
     nowhere -= numbered
     if known.report is None:  # nobody says that these numbers were ever given to an event
         highest, nowhere = highest - nowhere, 0
+    overtaken = min(nowhere, max(0, top - taken - numbered))
     in_memory = 0
     if known.alive:  # what it does not call acknowledged or dropped, it still has
         in_memory = max(0, nowhere - max(0, report.acked - taken))
@@ -171,24 +172,26 @@ def account(known: Known, *, doubt: int) -> Account:
         unstored=known.unstored,
         missing=held.missing,
         unaccounted=unaccounted,
-        overtaken=min(unaccounted, max(0, top - taken - numbered)),
+        overtaken=overtaken,
         undecided=undecided,
         reason=held.reason,
     )
 
 
 def settle_missing(accounts: Iterable[Account], missing: int) -> None:
-    """Explain what is unaccounted by `missing` events of which only the seq is known.
+    """Explain what was overtaken by `missing` events of which only the seq is known.
 
     They were in the journal, so they were acknowledged, but nobody knows any more whose they were.
     """
     for a in accounts:
         found = min(a.overtaken, missing)
-        a.unaccounted -= found
-        a.overtaken -= found
+        missing -= found
         a.missing += found
         a.acked += found
-        missing -= found
+        for name in ("unaccounted", "undecided", "in_memory"):
+            part = min(found, getattr(a, name))
+            setattr(a, name, getattr(a, name) - part)
+            found -= part
 
 
 def total(accounts: Iterable[Account], source: str = "") -> Account:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import msgspec
+
+from event_bus import envelope
+
 _ID = re.compile(rb'^\{"event_id":"[0-9a-f]{20}-([1-9][0-9]{0,17})"', re.MULTILINE)
 _CHUNK_BYTES = 1 << 20
 
@@ -15,6 +19,7 @@ class Spooled:
     def __init__(self) -> None:
         self.stretches: list[tuple[int, int]] = []
         self.others = 0
+        self.source = ""
 
     @property
     def last_n(self) -> int:
@@ -62,5 +67,14 @@ def _read(path: Path) -> Spooled:
         while chunk := file.read(_CHUNK_BYTES):
             lines, newline, rest = (rest + chunk).rpartition(b"\n")
             if newline:
+                spooled.source = spooled.source or _source(lines.partition(b"\n")[0])
                 spooled.add(lines + newline)
     return spooled
+
+
+def _source(line: bytes) -> str:
+    try:
+        source = envelope.decode_lines(line + b"\n")[0].source
+    except (msgspec.DecodeError, UnicodeError):
+        return ""
+    return source or ""
