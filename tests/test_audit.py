@@ -273,7 +273,8 @@ class Books:
         """Store that many batches, and a gap where the journal has been trimmed."""
         next_seq = self.store.last_seq + 1
         if next_seq < self.journal.first_seq:
-            self.store.record_gap(next_seq, self.journal.first_seq - 1, self.journal.journal_id)
+            last = self.journal.first_seq - 1
+            self.store.record_gap(next_seq, last, self.journal.journal_id, "trimmed")
             next_seq = self.journal.first_seq
         found = self.journal.read(next_seq, 1 << 30)[:batches]
         events = [
@@ -347,6 +348,7 @@ def test_a_gap_is_told_with_its_range_and_whose_events_are_gone(books: Books) ->
     ledger = books.audit()
     assert shown(ledger) == [("gap", "5-10", 6)]
     assert ledger.ranges[0].at is not None
+    assert ledger.ranges[0].reason == "trimmed"
     assert ledger.verdict == "6 lost: 6 gone from the journal before they were stored (seq 5-10)"
     assert (ledger.missing, ledger.unaccounted, ledger.stored) == (6, 0, 6)
 
