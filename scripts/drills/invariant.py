@@ -74,7 +74,8 @@ def check(
         calls = dict(
             database.execute("SELECT event_id, causation_id FROM events WHERE source = 'drill'")
         )
-        refused = {r[0] for r in database.execute("SELECT event_id FROM rejected_events")}
+        # Without an id is what could not be read, such as the line that a kill cut short.
+        refused = {i for (i,) in database.execute("SELECT event_id FROM rejected_events") if i}
         gaps = list(database.execute("SELECT first_seq, last_seq FROM _gap"))
     _check_seqs([s for s, _, _ in stored], gaps, lost, verdict)
     ids = Counter(i for _, i, _ in stored)

@@ -101,7 +101,7 @@ def _leave_orphan(trial: Trial) -> None:
 
 def _die_in_a_new_home(trial: Trial, fault: str, once: Path) -> None:
     """While the files themselves are made; then an event must get through."""
-    system = System(trial.directory / once.stem / str(time.monotonic_ns()))
+    system = System(trial.directory / f"new-{time.monotonic_ns()}")
     up = Up(system, trial.directory, fault=fault)
     try:
         wait_until(lambda: not once.exists(), "the file is being made", REACHED_S)
