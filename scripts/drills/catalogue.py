@@ -8,6 +8,7 @@ import exits
 import hangs
 import kills
 import later
+import network
 import pm2
 import power
 import readers
@@ -28,6 +29,7 @@ THEMES = (
     hangs,
     kills,
     later,
+    network,
     pm2,
     power,
     readers,
