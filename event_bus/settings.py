@@ -180,6 +180,10 @@ def _config_file(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
+    except PermissionError as e:
+        raise SettingsError(
+            f"cannot read {path}: {e.strerror}", hint="use `bitten` as the user whose home it is"
+        ) from e
     except (OSError, UnicodeDecodeError) as e:
         raise SettingsError(f"cannot read {path}: {e}") from e
     import yaml  # only homes with a config.yaml pay for it

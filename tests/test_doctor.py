@@ -12,34 +12,15 @@ from pathlib import Path
 
 import pytest
 from conftest import System, wait_until
+from doctors import MACHINE, findings, only
 
 from collector.doctor import versions
 from collector.doctor.context import Context
-from collector.doctor.examination import CHECKS, examine, run
+from collector.doctor.examination import CHECKS, run
 from collector.doctor.finding import Finding, ok
 from event_bus.settings import Settings
 
 ROOT = Path(__file__).parent.parent
-
-MACHINE = {"clock", "memory", "sqlite", "python", "pm2", "disk"}
-"""Checks of the machine that the tests happen to run on."""
-
-
-def findings(system: System, check: str = "") -> list[Finding]:
-    """What the doctor does not like, of one check if it is given."""
-    return [
-        f
-        for f in examine(system.settings)
-        if f.level in ("fault", "warning") and check in ("", f.check)
-    ]
-
-
-def only(system: System, check: str) -> Finding:
-    (finding,) = findings(system, check)
-    assert finding.why
-    assert finding.remedy
-    assert finding.command
-    return finding
 
 
 @pytest.fixture
@@ -66,6 +47,18 @@ def test_home_that_does_not_exist_is_told_how_to_begin(system: System) -> None:
     assert f"fault    bus: there is nothing in {system.home} yet" in done.stdout
     assert "$    bitten up" in done.stdout
     assert not system.home.exists()
+
+
+def test_settings_that_cannot_be_used_are_what_it_finds(system: System) -> None:
+    system.settings.make_home()
+    (system.home / "config.yaml").write_text("journal: big")
+    done = system.bitten("doctor", "--json")
+    assert done.returncode == 1
+    (finding,) = json.loads(done.stdout)
+    assert (finding["check"], finding["level"]) == ("settings", "fault")
+    assert "unknown setting journal" in finding["what"]
+    assert "journal_max_bytes" in finding["remedy"]
+    assert system.bitten("stats").returncode == 2
 
 
 def test_flags_are_in_the_command_to_copy(system: System) -> None:
@@ -198,7 +191,7 @@ def test_text_of_findings_cannot_harm_a_terminal(system: System) -> None:
 
 def test_every_check_is_documented() -> None:
     page = (ROOT / "docs" / "doctor.md").read_text()
-    assert re.findall(r"^\| `([a-z0-9-]+)` \|", page, re.M) == list(CHECKS)
+    assert re.findall(r"^\| `([a-z0-9-]+)` \|", page, re.M) == ["settings", *CHECKS]
 
 
 def test_sqlite_library_that_corrupts_is_a_fault() -> None:

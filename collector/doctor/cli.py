@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import click
 
 from collector.doctor.examination import examine
-from collector.doctor.finding import Finding
+from collector.doctor.finding import Finding, fault
 from event_bus.cli.output import print_json, printable
-from event_bus.settings import Settings
+from event_bus.errors import SettingsError
 
 COLOURS = {"fault": "red", "warning": "yellow", "skipped": "cyan", "ok": "green"}
 
@@ -31,7 +31,7 @@ def doctor(ctx: click.Context, show_all: bool, as_json: bool) -> None:
     bitten doctor --json | jq '.[] | select(.level == "fault")'
     */10 * * * * bitten doctor > /tmp/doctor.txt || mail -s bitten me < /tmp/doctor.txt
     """
-    found = examine(ctx.obj if isinstance(ctx.obj, Settings) else Settings.load())
+    found = [unusable(ctx.obj)] if isinstance(ctx.obj, SettingsError) else examine(ctx.obj)
     shown = [f for f in found if show_all or f.level in ("fault", "warning")]
     if as_json:
         print_json([asdict(f) for f in shown])
@@ -40,6 +40,17 @@ def doctor(ctx: click.Context, show_all: bool, as_json: bool) -> None:
             _show(finding)
         click.echo(_summary(found))
     ctx.exit(any(f.level == "fault" for f in found))
+
+
+def unusable(error: SettingsError) -> Finding:
+    """Without settings nothing else can be looked at."""
+    finding = fault(
+        str(error.args[0]),
+        why="every command stops at that, and so do bus and collector",
+        remedy=error.hint or "mend that line; docs/settings.md says what is expected",
+        command="env | grep BITTEN_; ls -l ${BITTEN_HOME:-~/.bitten}",
+    )
+    return replace(finding, check="settings")
 
 
 def _show(finding: Finding) -> None:

@@ -79,6 +79,10 @@ def row(db: apsw.Connection, sql: str, *values: Any) -> Any:
     return db.execute(sql, values).fetchone()
 
 
+def rows(db: apsw.Connection, sql: str, *values: Any) -> list[Any]:
+    return db.execute(sql, values).fetchall()
+
+
 def quoted(path: Path) -> str:
     """A path as the shell takes it."""
     return shlex.quote(str(path))

@@ -9,7 +9,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from collector.doctor import bus, versions
+from collector.doctor import (
+    bus,
+    consumers,
+    disk,
+    files,
+    home,
+    machine,
+    pm2,
+    security,
+    sources,
+    spool,
+    times,
+    types,
+    versions,
+    wal,
+)
 from collector.doctor.context import Check, Context
 from collector.doctor.finding import LEVELS, CannotTell, Finding, Level
 from event_bus.errors import BittenError
@@ -23,24 +38,50 @@ CHECKS: dict[str, Check] = {
     "bus": bus.answers,
     "ports": bus.ports,
     "bus-problems": bus.problems,
+    "collector": consumers.collector,
+    "lag": consumers.lag,
+    "database": files.database,
+    "journal": files.journal,
+    "wal": wal.logs,
+    "writers": wal.writers,
+    "spool": spool.stale,
+    "dropped": types.dropped,
+    "refused": types.refused,
+    "schemas": types.schema_files,
+    "never-seen": types.never_seen,
+    "silent": sources.silent,
+    "disk": disk.space,
+    "file-system": disk.file_system,
+    "rights": home.rights,
+    "leftovers": home.leftovers,
+    "exposure": security.exposure,
+    "timestamps": times.timestamps,
+    "clock-steps": times.steps,
+    "clock": machine.clock,
+    "memory": machine.memory,
+    "descriptors": machine.descriptors,
+    "pm2": pm2.apps,
     "sqlite": versions.sqlite,
     "zeromq": versions.zeromq,
     "python": versions.python,
 }
 
 
-def examine(
-    settings: Settings, *, clock: Callable[[], float] = time.time, limit_s: float = LIMIT_S
-) -> list[Finding]:
+def examine(settings: Settings) -> list[Finding]:
     """All findings about this home and this machine, faults first."""
-    context = Context(
+    return run(CHECKS, prepare(settings))
+
+
+def prepare(settings: Settings, *, clock: Callable[[], float] = time.time) -> Context:
+    """What checks are given; asks the bus how it is. `clock` gives Unix seconds."""
+    status = _status(settings)
+    return Context(
         settings=settings,
         bitten=_command(settings),
         now=clock(),
-        status=_status(settings),
-        deadline=time.monotonic() + limit_s,
+        status=status,
+        deadline=time.monotonic() + LIMIT_S,
     )
-    return run(CHECKS, context)
 
 
 def run(checks: Mapping[str, Check], context: Context) -> list[Finding]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from event_bus.errors import BittenError
+from event_bus.errors import BittenError, SettingsError
 from event_bus.settings import Settings
 from event_bus.version import __version__
 
@@ -57,7 +57,12 @@ def cli(ctx: click.Context, /, debug: bool, **flags: Any) -> None:
     bitten audit                     is anything lost?
     bitten demo                      see it work on real candles
     """
-    ctx.obj = Settings.load(**flags)
+    try:
+        ctx.obj = Settings.load(**flags)
+    except SettingsError as e:
+        if ctx.invoked_subcommand != "doctor":
+            raise
+        ctx.obj = e  # it says so among what it finds
     logging.Formatter.converter = time.gmtime
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.INFO,

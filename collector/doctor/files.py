@@ -1,0 +1,137 @@
+"""Database and journal: can they be read, and do they belong together?"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from collector.doctor.context import Context, quoted, row
+from collector.doctor.finding import CannotTell, Finding, fault, ok, size
+from collector.store import LAST_SEQ, check_version, is_blank
+from event_bus.errors import DatabaseError
+
+
+def database(context: Context) -> Iterator[Finding]:
+    path = context.settings.db
+    if not path.exists():
+        yield from _missing(context)
+        return
+    try:
+        with context.reading(path) as db:
+            if is_blank(db):
+                yield ok("the database is new and empty")
+                return
+            check_version(db, path)
+            # Both ends, and what every view needs.
+            row(db, "SELECT * FROM _event ORDER BY seq LIMIT 1")
+            row(db, "SELECT * FROM events ORDER BY seq DESC LIMIT 1")
+            last = row(db, LAST_SEQ)[0]
+            known = row(db, "SELECT value FROM _meta WHERE key = 'journal_id'")
+    except CannotTell as e:
+        yield fault(
+            str(e),
+            why="it is damaged, no database, or not yours to read",
+            remedy="check its owner and rights; if it is damaged, start the collector, which moves"
+            " it aside and fills a new one from the journal",
+            command=f"ls -l {quoted(path)}; sqlite3 -readonly {quoted(path)} 'PRAGMA quick_check'",
+        )
+        return
+    except DatabaseError as e:
+        yield fault(
+            str(e.args[0]),
+            why="the collector does not write into it",
+            remedy=e.hint or "move it aside",
+            command=f"mv {quoted(path)} {quoted(path)}.old",
+        )
+        return
+    yield from _belongs(context, known[0] if known else None, last)
+
+
+def _missing(context: Context) -> Iterator[Finding]:
+    path = context.settings.db
+    if Path(f"{path}-wal").exists():
+        yield fault(
+            f"{path} was removed, but its -wal is still there",
+            why="the last events are in that file, and the next database throws it away",
+            remedy="keep it; then start the collector, which fills a new database from the journal",
+            command=f"cp -p {quoted(Path(f'{path}-wal'))} {quoted(Path(f'{path}-wal'))}.kept",
+        )
+    elif not context.settings.journal.exists():
+        raise CannotTell("there is no database yet")
+    else:
+        yield fault(
+            f"there is no database at {path}",
+            why="the collector never ran with these settings, or the file was removed",
+            remedy="start the collector: it fills a new one from the journal",
+            command=f"{context.bitten} collect",
+        )
+
+
+def _belongs(context: Context, journal_id: str | None, last: int) -> Iterator[Finding]:
+    path = context.settings.journal
+    try:
+        with context.reading(path) as db:
+            own_id = row(db, "SELECT value FROM meta WHERE key = 'journal_id'")[0]
+            end = row(db, "SELECT first_seq + count - 1 FROM batch ORDER BY first_seq DESC LIMIT 1")
+            trimmed = row(db, "SELECT value FROM meta WHERE key = 'trimmed_seq'")[0]
+    except CannotTell:  # the journal's own check says so
+        yield ok(f"the database is readable, up to seq {last}")
+        return
+    restore = f"{context.bitten} status; ls -l {quoted(path.parent)}"
+    if journal_id not in (None, own_id):
+        yield fault(
+            f"the database was filled from journal {journal_id}, this is journal {own_id}",
+            why="one of the two files is another home's, or was made anew; the same seq means"
+            " different events, and the collector refuses to mix them",
+            remedy="put the right journal.db back, or move the database aside to begin a new one",
+            command=restore,
+        )
+    elif last > max(end[0] if end else 0, trimmed):
+        yield fault(
+            f"the database is ahead of the journal: seq {last}, the journal ends at"
+            f" {end[0] if end else trimmed}",
+            why="an older copy of journal.db was put in its place; new events would get numbers"
+            " that others have",
+            remedy="stop the bus, and put the newer journal.db back",
+            command=restore,
+        )
+    else:
+        yield ok(f"the database is readable, up to seq {last}")
+
+
+def journal(context: Context) -> Iterator[Finding]:
+    path = context.settings.journal
+    if not path.exists():
+        if context.status is None:
+            raise CannotTell("there is no journal yet")
+        yield fault(
+            f"{path} was removed while the bus has it open",
+            why="what it writes is gone when it stops",
+            remedy="do not stop the bus; copy the file out of it first",
+            command=f"ls -l /proc/{context.status['pid']}/fd | grep journal",
+        )
+        return
+    try:
+        with context.reading(path) as db:
+            newest = row(db, "SELECT crc32, body FROM batch ORDER BY first_seq DESC LIMIT 1")
+            oldest = row(db, "SELECT crc32, body FROM batch ORDER BY first_seq LIMIT 1")
+    except CannotTell as e:
+        yield fault(
+            str(e),
+            why="it is damaged, no database, or not yours to read",
+            remedy="check its owner and rights; if it is damaged, start the bus: it moves the file"
+            " aside, saves what can be read, and says what is lost",
+            command=f"ls -l {quoted(path)}; sqlite3 -readonly {quoted(path)} 'PRAGMA quick_check'",
+        )
+        return
+    damaged = [b for b in (newest, oldest) if b is not None and zlib.crc32(b[1]) != b[0]]
+    if damaged:
+        yield fault(
+            "the journal's newest or oldest batch is damaged (CRC-32)",
+            why="the disk did not give back what was written",
+            remedy="check the disk; see what is lost",
+            command=f"{context.bitten} audit; dmesg | tail -50",
+        )
+    else:
+        yield ok(f"the journal is readable, {size(path.stat().st_size)}")

@@ -1,0 +1,47 @@
+"""Ports that others can reach."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+from pathlib import Path
+
+from collector.doctor.context import Context
+from collector.doctor.finding import Finding, fault, ok
+
+
+def exposure(context: Context) -> Iterator[Finding]:
+    settings = context.settings
+    urls = {settings.ingress_url, settings.events_url}
+    if context.status is not None:
+        urls |= {context.status["ingress_url"], context.status["events_url"]}
+    yield judge_exposure(
+        sorted(url for url in urls if not is_local(url)),
+        keys=settings.home / "keys",
+        bitten=context.bitten,
+    )
+
+
+def is_local(url: str) -> bool:
+    """True if only this machine can reach the address."""
+    if url.startswith("ipc://"):
+        return True
+    host = url.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, an interface, or * for all of them
+        return host == "localhost"
+
+
+def judge_exposure(open_urls: list[str], *, keys: Path, bitten: str) -> Finding:
+    if not open_urls:
+        return ok("the ports are reachable from this machine only")
+    if (keys / "bus.key_secret").exists():
+        return ok(f"{', '.join(open_urls)} can be reached by others, with a key")
+    return fault(
+        f"{', '.join(open_urls)} can be reached by others, without a key",
+        why="whoever reaches the port could publish orders and read everything; a bus with keys"
+        " does not start like this",
+        remedy="listen on 127.0.0.1, or make keys and allow those who may connect",
+        command=f"{bitten} keys new",
+    )

@@ -1,0 +1,109 @@
+"""Event types: never seen, refused, lost, and schema files that cannot be used."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+
+from collector.doctor.context import Context, quoted, rows
+from collector.doctor.finding import Finding, fault, ok, size, span, warning
+from collector.doctor.history import DAY_S, History
+from event_bus.event_schema import Registry
+
+NEW_S = DAY_S
+"""A schema file younger than this may wait for its first event."""
+
+MAX_REFUSALS = 10_000
+_OF_THE_BUS = {"bridge_loss", "event_rejected", "journal_loss"}
+"""Types that are seen only when something goes wrong."""
+
+
+def never_seen(context: Context) -> Iterator[Finding]:
+    with context.reading(context.settings.db) as db:
+        History(db)
+        seen = {n for (n,) in rows(db, "SELECT name FROM _count JOIN _name ON id = type")}
+    own = context.settings.schemas
+    built_in = []
+    for event_type in Registry(own):
+        if event_type.name in seen or event_type.storage.live_only:
+            continue
+        if event_type.path.parent != own:
+            built_in.append(event_type.name)
+            continue
+        age_s = context.now - event_type.path.stat().st_mtime
+        if age_s > NEW_S:
+            yield warning(
+                f"no event of your type {event_type.name} was ever stored",
+                why=f"its schema is there for {span(age_s)}; the call that emits it may be missing,"
+                " or its events are refused",
+                remedy="emit one by hand and see what happens, or remove the schema",
+                command=f"{context.bitten} schemas show {event_type.name};"
+                f" {context.bitten} query --type event_rejected --limit 3",
+            )
+    unused = sorted(set(built_in) - _OF_THE_BUS)
+    yield ok(f"built-in types never seen: {', '.join(unused) or 'none'}")
+
+
+def schema_files(context: Context) -> Iterator[Finding]:
+    """Own schema files that are left out."""
+    registry = Registry(context.settings.schemas)
+    registry.verify()
+    for problem in registry.problems:
+        yield fault(
+            f"an event type is left out: {problem.args[0]}",
+            why="its events are refused: the bus does not know the type",
+            remedy=problem.hint or "mend the file; the bus takes it in when it starts again",
+            command=f"{context.bitten} schemas check",
+        )
+    if not registry.problems:
+        yield ok(f"{len(registry.types)} event types are usable")
+
+
+def refused(context: Context) -> Iterator[Finding]:
+    """What was refused in the last day, and most often why."""
+    with context.reading(context.settings.db) as db:
+        history = History(db)
+        found = rows(
+            db,
+            "SELECT event_type, source, count(*), rule, reason FROM (SELECT * FROM rejected_events"
+            " WHERE seq >= ? ORDER BY seq DESC LIMIT ?) GROUP BY event_type, source, rule"
+            " ORDER BY count(*) DESC",
+            history.seq_at(context.now - DAY_S),
+            MAX_REFUSALS,
+        )
+    kinds: dict[tuple[str, str], list[tuple[int, str]]] = {}
+    for event_type, source, count, _, reason in found:
+        key = (event_type or "events of an unreadable type", source or "an unnamed source")
+        kinds.setdefault(key, []).append((count, reason))
+    for (event_type, source), reasons in kinds.items():
+        yield warning(
+            f"{sum(n for n, _ in reasons)} {event_type} of {source} were refused in the last day",
+            why=f"most often: {max(reasons)[1]}",
+            remedy="mend the call; what was sent is kept in rejected_events",
+            command=f"sqlite3 -readonly {quoted(context.settings.db)} "
+            + shlex.quote("SELECT reason, raw FROM rejected_events ORDER BY seq DESC LIMIT 5"),
+        )
+    if not kinds:
+        yield ok("nothing was refused in the last day")
+
+
+def dropped(context: Context) -> Iterator[Finding]:
+    """Losses that bridges announced in the last day."""
+    with context.reading(context.settings.db) as db:
+        history = History(db)
+        found = rows(
+            db,
+            "SELECT source, sum(dropped), reason FROM bridge_loss WHERE seq >= ?"
+            " GROUP BY source, reason ORDER BY seq",
+            history.seq_at(context.now - DAY_S),
+        )
+    for source, events, reason in found:
+        yield fault(
+            f"{source or 'an unnamed source'} dropped {events} events in the last day",
+            why=f"{reason}; they are gone",
+            remedy="keep the bus up, or allow more on disk (BITTEN_SPOOL_MAX_BYTES, now"
+            f" {size(context.settings.spool_max_bytes)})",
+            command=f"{context.bitten} audit",
+        )
+    if not found:
+        yield ok("no bridge has dropped events in the last day")
