@@ -123,8 +123,9 @@ def test_subscribers_that_listen_elsewhere_are_told_where_events_are(bus: System
 def test_bus_older_than_what_is_installed_is_to_be_restarted(system: System) -> None:
     system.popen(
         "-c",
-        "from event_bus import broker; broker.__version__ = '0.0.9';"
-        "from event_bus.settings import Settings; broker.Broker(Settings.load()).run()",
+        "from event_bus import version; version.__version__ = '0.0.9';"
+        "from event_bus.broker import Broker; from event_bus.settings import Settings;"
+        "Broker(Settings.load()).run()",
     )
     wait_until(system.status, "the bus answers")
     assert "0.0.9" in only(system, "bus").what
