@@ -24,3 +24,12 @@ def bus(system: System) -> System:
     """A home with a running bus."""
     system.start_bus()
     return system
+
+
+@pytest.fixture
+def running(bus: System) -> System:
+    """A home with bus and collector, and an event in its database."""
+    bus.start_collector()
+    assert bus.bitten("emit", "user_action", "action=x").returncode == 0
+    bus.wait_stored()
+    return bus

@@ -23,16 +23,6 @@ from event_bus.settings import Settings
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture
-def running(system: System) -> System:
-    """Bus and collector with an event stored."""
-    system.start_bus()
-    system.start_collector()
-    assert system.bitten("emit", "user_action", "action=x").returncode == 0
-    system.wait_stored()
-    return system
-
-
 def test_healthy_system_is_well(running: System) -> None:
     assert [f for f in findings(running) if f.check not in MACHINE] == []
     done = running.bitten("doctor", "--all", "--json")

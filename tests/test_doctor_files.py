@@ -20,16 +20,6 @@ NOBODY = 65_534
 
 
 @pytest.fixture
-def running(system: System) -> System:
-    """Bus and collector with an event stored."""
-    system.start_bus()
-    system.start_collector()
-    assert system.bitten("emit", "user_action", "action=x").returncode == 0
-    system.wait_stored()
-    return system
-
-
-@pytest.fixture
 def stopped(running: System) -> System:
     """A home with something in it, and nothing running."""
     for process in running.processes:

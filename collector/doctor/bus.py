@@ -11,6 +11,9 @@ from collector.doctor.finding import Finding, fault, moment, ok, span, warning
 from collector.doctor.processes import Process, listeners, lock_owner
 from event_bus.version import __version__
 
+TOLD_ELSEWHERE = {"consumer_stalled", "journal_held", "schema_problem"}
+"""Codes of what the checks `lag` and `schemas` see for themselves."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Absence:
@@ -130,20 +133,13 @@ def judge_addresses(status: Mapping[str, str], events_url: str) -> Iterator[Find
 
 def problems(context: Context) -> Iterator[Finding]:
     """What the bus itself says is wrong."""
-    status = context.bus()
-    if status["state"] == "ok":
-        yield ok("the bus reports no problem")
-    for problem in status.get("problems", ()):
+    found = [p for p in context.bus()["problems"] if p["code"] not in TOLD_ELSEWHERE]
+    for problem in found:
         yield fault(
             f"the bus says {problem['code']}: {problem['message']}",
             why=f"since {moment(problem['since'])}",
-            remedy="see what it says about itself, and its log",
+            remedy=problem["remedy"],
             command=f"{context.bitten} status",
         )
-    if status["state"] != "ok" and not status.get("problems"):
-        yield fault(
-            f"the bus is in state {status['state']}",
-            why="it refuses events until that is over; they wait with their processes",
-            remedy="see what it says about itself; with storage_full, free some disk space",
-            command=f"{context.bitten} status; df -h {quoted(context.settings.home)}",
-        )
+    if not found:
+        yield ok("the bus reports nothing else")

@@ -7,13 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from collector.data_collector import CONSUMER
+from collector.consumer import CONSUMER
 from collector.doctor.context import Context, row
 from collector.doctor.finding import CannotTell, Finding, fault, moment, ok, span, warning
 from collector.doctor.processes import lock_owner
-
-SILENT_S = 90.0
-"""A consumer asks again at least every 32 s: it waits 30 at the most, and 2 for the answer."""
+from event_bus.health import STALLED_AFTER_S
 
 BEHIND_S = 60.0
 FAR_BEHIND_S = 3_600.0
@@ -48,13 +46,6 @@ def collector(context: Context) -> Iterator[Finding]:
             why="it asks at another address, or cannot begin; its log says which",
             remedy="start it with the settings of this home",
             command=f"kill {owner.pid}; {context.bitten} collect",
-        )
-    elif known is not None and known["problem"]:
-        yield fault(
-            f"the collector cannot store: {known['problem']}",
-            why=f"events from seq {known['next_seq']} on wait in the journal",
-            remedy="mend that; it goes on by itself",
-            command=f"{context.bitten} status",
         )
     else:
         yield ok(f"the collector runs: {owner}")
@@ -95,10 +86,10 @@ def lag(context: Context) -> Iterator[Finding]:
 
 def judge_lag(lag: Lag, context: Context) -> Finding:
     name = lag.consumer
-    if not lag.events or (lag.silent_s < SILENT_S and lag.behind_s < BEHIND_S):
+    if not lag.events or (lag.silent_s < STALLED_AFTER_S and lag.behind_s < BEHIND_S):
         return ok(f"consumer {name} is up to date")
     far = f"consumer {name} is {lag.events} events behind, {span(lag.behind_s)}"
-    if lag.silent_s < SILENT_S:
+    if lag.silent_s < STALLED_AFTER_S:
         return (fault if lag.behind_s > FAR_BEHIND_S else warning)(
             far,
             why="it asks, but stores more slowly than events come, or has begun only now",

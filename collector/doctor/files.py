@@ -8,7 +8,7 @@ from pathlib import Path
 
 from collector.doctor.context import Context, quoted, row
 from collector.doctor.finding import CannotTell, Finding, fault, ok, size
-from collector.store import LAST_SEQ, check_version, is_blank
+from collector.layout import LAST_SEQ, check_version, is_blank
 from event_bus.errors import DatabaseError
 
 

@@ -8,7 +8,7 @@ import apsw
 
 from collector.doctor.context import row
 from collector.doctor.finding import CannotTell
-from collector.store import is_blank
+from collector.layout import is_blank
 
 DAY_S = 86_400.0
 

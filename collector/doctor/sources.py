@@ -13,7 +13,7 @@ import apsw
 from collector.doctor.context import Context, row, rows
 from collector.doctor.finding import CannotTell, Finding, moment, ok, span, warning
 from collector.doctor.history import DAY_S, History
-from event_bus.broker import HEALTH_S
+from event_bus.housekeeping import HEALTH_S
 from event_bus.intake import SOURCE
 
 MAX_SOURCES = 200
@@ -80,8 +80,10 @@ def _habit(history: History, source: int, bus: int) -> Habit | None:
             RECENT_EVENTS,
         )
     ]
-    last_at = history.received_at(seqs[0])
-    if len(seqs) < MIN_EVENTS or not MIN_SILENCE_S < now - last_at < WEEK_S:
+    moments = [history.received_at(seq) for seq in reversed(seqs)]
+    last_at = moments[-1]
+    recent = [at for at in moments if at > last_at - DAY_S]
+    if len(recent) < MIN_EVENTS or not MIN_SILENCE_S < now - last_at < WEEK_S:
         return None
     # The bus's own events, one each half minute, are the clock: while it is away all are silent.
     reports = row(db, "SELECT count(*) FROM _event WHERE source = ? AND seq > ?", bus, seqs[0])[0]
@@ -98,7 +100,7 @@ def _habit(history: History, source: int, bus: int) -> Habit | None:
         quiet = not _heard(db, source, low, high)
     return Habit(
         source=history.name(source),
-        recent=[history.received_at(seq) for seq in reversed(seqs)],
+        recent=recent,
         active=active,
         silent_s=reports * HEALTH_S,
         was_quiet_last_week=quiet,
