@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,9 @@ from collector.doctor.context import Context, quoted, row
 from collector.doctor.finding import CannotTell, Finding, fault, ok, size
 from collector.layout import LAST_SEQ, check_version, is_blank
 from event_bus.errors import DatabaseError
+from event_bus.journal_format import is_intact
+
+_BATCH = "SELECT first_seq, count, received_at, crc32, body FROM batch ORDER BY first_seq"
 
 
 def database(context: Context) -> Iterator[Finding]:
@@ -114,8 +116,8 @@ def journal(context: Context) -> Iterator[Finding]:
         return
     try:
         with context.reading(path) as db:
-            newest = row(db, "SELECT crc32, body FROM batch ORDER BY first_seq DESC LIMIT 1")
-            oldest = row(db, "SELECT crc32, body FROM batch ORDER BY first_seq LIMIT 1")
+            newest = row(db, f"{_BATCH} DESC LIMIT 1")
+            oldest = row(db, f"{_BATCH} LIMIT 1")
     except CannotTell as e:
         yield fault(
             str(e),
@@ -125,7 +127,7 @@ def journal(context: Context) -> Iterator[Finding]:
             command=f"ls -l {quoted(path)}; sqlite3 -readonly {quoted(path)} 'PRAGMA quick_check'",
         )
         return
-    damaged = [b for b in (newest, oldest) if b is not None and zlib.crc32(b[1]) != b[0]]
+    damaged = [b for b in (newest, oldest) if b is not None and not is_intact(*b)]
     if damaged:
         yield fault(
             "the journal's newest or oldest batch is damaged (CRC-32)",
