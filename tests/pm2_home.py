@@ -43,4 +43,5 @@ class Pm2:
         return {a["name"]: a for a in json.loads(listed[listed.index("[") :])}
 
     def logs(self) -> str:
+        """What both daemons have written to stderr so far."""
         return "".join(p.read_text() for p in (self.directory / "pm2" / "logs").glob("*error*"))

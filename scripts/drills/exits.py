@@ -64,7 +64,7 @@ def exits(trial: Trial) -> None:
         gone += count - len(found[key])
         if found[key] != list(range(len(found[key]))):
             trial.breach(f"{key[0]}: the events that are stored have a hole or no order")
-    trial.note("normal ends", f"{len(expected)} writers, all {COUNT} events each")
+    trial.note("normal ends", f"{len(expected)} writers of {COUNT} events")
     trial.note("of abrupt ends lost", f"{gone} of {COUNT * len(allowed)} (not promised)")
     trial.note("slowest end s", f"{slowest_s:.2f}")
     trial.expect(slowest_s < EXIT_S, f"a process took {slowest_s:.1f} s to end")

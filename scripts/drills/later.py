@@ -1,4 +1,4 @@
-"""Row 29, which has nothing to be run on yet."""
+"""Row 29: there is nothing to run it on yet, and the list says so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process that publishes and ends: `python leaver.py NAME WAY COUNT`.
+"""A process that publishes and ends in one way or other: `python leaver.py NAME WAY COUNT`.
 
 Prints the time at which it begins to end. Each event's
 data say who published it (`process`, `thread`) and its place there (`n`).

@@ -101,8 +101,10 @@ def _dealers(trial: Trial, bus: psutil.Process) -> Iterator[None]:
         dealer.linger = 0
         dealer.connect(trial.system.settings.ingress_url)
         dealer.send_multipart([b"status", b"1"])
-    yield
-    context.destroy(linger=0)
+    try:
+        yield
+    finally:
+        context.destroy(linger=0)
 
 
 @contextlib.contextmanager
@@ -113,8 +115,10 @@ def _subscriptions(trial: Trial, bus: psutil.Process) -> Iterator[None]:
     sub.connect(trial.system.settings.events_url)
     for i in range(SUBSCRIPTIONS):
         sub.subscribe(f"bitten.flood-{i}".encode())
-    yield
-    context.destroy(linger=0)
+    try:
+        yield
+    finally:
+        context.destroy(linger=0)
 
 
 @contextlib.contextmanager
