@@ -10,6 +10,7 @@ import kills
 import later
 import network
 import pm2
+import poison
 import power
 import readers
 import refusals
@@ -31,6 +32,7 @@ THEMES = (
     later,
     network,
     pm2,
+    poison,
     power,
     readers,
     refusals,

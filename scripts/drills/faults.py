@@ -136,9 +136,29 @@ def clock(path: str) -> None:
     time.time = lambda: now() + float(Path(path).read_text() or 0)
 
 
+def refused_is_gone(_: str) -> None:
+    """The bus keeps no account of what it refuses."""
+    if _program() != "bus":
+        return
+    from event_bus.intake import Intake
+
+    Intake._reject = lambda *_: None  # type: ignore[assignment,method-assign]
+
+
+def any_size(_: str) -> None:
+    """The bus sets no bound on the size of a frame."""
+    if _program() != "bus":
+        return
+    from event_bus import protocol
+
+    protocol.MAX_MESSAGE_BYTES = -1
+
+
 FAULTS: dict[str, Callable[[str], None]] = {
     "clock": clock,
+    "any-size": any_size,
     "record": record,
+    "refused-is-gone": refused_is_gone,
     "kill": killpoints.arm,
     "ack-what-is-refused": ack_what_is_refused,
     "no-checksums": no_checksums,
