@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from pathlib import Path
 
 from event_bus.intake import Intake
@@ -12,6 +13,8 @@ from event_bus.spool import open_locked
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
+STALE_AFTER_S = 60.0
+"""Age of a half-made copy; its owner locks it a moment after it has made it."""
 
 
 class SpoolAdopter:
@@ -36,6 +39,7 @@ class SpoolAdopter:
         """Take hold of one spool file whose process is gone, if there is one."""
         if self._fd >= 0:
             return
+        self._remove_half_made_copies()
         for path in sorted(self._directory.glob("*.ndjson")):
             if path in self._left:
                 continue
@@ -50,6 +54,18 @@ class SpoolAdopter:
                 log.info("adopting %s", path)
                 self._fd, self._path, self._offset, self._fed = fd, path, 0, 0
                 return
+            path.unlink(missing_ok=True)
+            os.close(fd)
+
+    def _remove_half_made_copies(self) -> None:
+        """A process died while it copied its spool; what it copied is still in the original."""
+        for path in self._directory.glob("*.new"):
+            try:
+                if time.time() - path.stat().st_mtime < STALE_AFTER_S:
+                    continue
+                fd = open_locked(path)
+            except OSError:
+                continue  # finished meanwhile, or its process is alive, or it cannot be touched
             path.unlink(missing_ok=True)
             os.close(fd)
 

@@ -12,8 +12,9 @@ from event_bus.errors import StartError
 class FileLock:
     """Hold `path` exclusively until `close` or the end of the process.
 
-    Raises StartError naming the process that holds it. POSIX record locks: a forked child does
-    not hold its parent's.
+    Raises StartError naming the process that holds it. Not a POSIX record lock: that one goes as
+    soon as this process closes any other descriptor of the file. A child that is forked without
+    exec holds it too; the daemons fork none.
     """
 
     def __init__(self, path: Path, what: str) -> None:
@@ -24,7 +25,7 @@ class FileLock:
                 f"cannot open {path}: {e.strerror}", hint="make the directory writable"
             ) from e
         try:
-            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             owner = os.pread(self._fd, 32, 0).decode(errors="replace").strip() or "unknown"
             os.close(self._fd)

@@ -53,7 +53,7 @@ def open_journal(path: Path, db: Path, clock: Callable[[], float] = time.time) -
         return journal
     except OSError as e:
         raise JournalError(
-            f"cannot open {path}: {e.strerror}", hint="check the disk and its rights"
+            f"cannot open {e.filename or path}: {e.strerror}", hint="check the disk and its rights"
         ) from e
 
 

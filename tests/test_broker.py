@@ -54,9 +54,10 @@ class Running:
             **settings,
         )
         self.ahead_s = 0.0
+        self.clock_set_s = 0.0
         self.broker = Broker(
             self.settings,
-            clock=lambda: time.time() + self.ahead_s,
+            clock=lambda: time.time() + self.ahead_s + self.clock_set_s,
             monotonic=lambda: time.monotonic() + self.ahead_s,
         )
         self.thread = threading.Thread(target=self.broker.run)
@@ -76,6 +77,11 @@ class Running:
     def later(self, seconds: float) -> None:
         """Let time pass for the broker, and wake it."""
         self.ahead_s += seconds
+        self.client.status()
+
+    def set_clock(self, seconds: float) -> None:
+        """Put the broker's clock forward or back; no time passes."""
+        self.clock_set_s += seconds
         self.client.status()
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from conftest import System, wait_until
 from event_bus.adopt import SpoolAdopter
 from event_bus.outbox import Outbox
 from event_bus.settings import Settings
-from event_bus.spool import Spool
+from event_bus.spool import Spool, open_locked
 
 SPILL = """
 import os, sys
@@ -249,3 +249,17 @@ def test_file_that_cannot_be_locked_is_an_error(
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.raises(OSError, match="no locks available"):
         Spool(tmp_path / "a.ndjson", 1_000).append(b"x\n", 1)
+
+
+def test_copy_that_a_dead_process_left_half_made_is_removed_and_others_are_not(
+    tmp_path: Path,
+) -> None:
+    stale, fresh, held = (tmp_path / f"{name}.new" for name in ("stale", "fresh", "held"))
+    for path in (stale, fresh, held):
+        path.write_bytes(b"half")
+    for path in (stale, held):
+        os.utime(path, (1.0, 1.0))
+    fd = open_locked(held)
+    SpoolAdopter(tmp_path).look()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fresh.new", "held.new"]
+    os.close(fd)
