@@ -75,7 +75,7 @@ def audit(settings: Settings, *, full: bool = False) -> Ledger:
         raise DatabaseError(
             f"there is no journal at {settings.journal} yet", hint="start the bus: `bitten up`"
         )
-    client = Client(settings.ingress_url) if _bus_may_run(settings) else None
+    client = Client(settings) if _bus_may_run(settings) else None
     request = client.send(protocol.STATUS) if client else b""  # answered while we read
     with JournalView(settings.journal) as journal:
         dead = {p.token for p in journal.producers() if not _is_alive(p)}

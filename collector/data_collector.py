@@ -116,7 +116,7 @@ class DataCollector:
             closing.callback(reports.close)
             keeper = Keeper(settings.db, registry, self._stop, reports)
             closing.callback(keeper.close)
-            client = Client(settings.ingress_url, interrupt_fd=wake.fileno())
+            client = Client(settings, interrupt_fd=wake.fileno())
             closing.callback(client.close)
             consumer = Consumer(
                 settings,

@@ -21,7 +21,7 @@ class Reports:
     def __init__(self, settings: Settings, consumer: str) -> None:
         self._home = settings.home
         self._consumer = consumer
-        self._client = Client(settings.ingress_url)
+        self._client = Client(settings)
         self._asked: bytes | None = None
         self._known_seq: int | None = None
         self._due = 0.0

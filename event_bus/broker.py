@@ -14,13 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-import psutil
 import zmq
 
-from event_bus import protocol
+from event_bus import keys, ports, protocol
 from event_bus.adopt import SpoolAdopter
+from event_bus.allow_list import FILE, UNLIMITED, AllowList, Rights, readable_part
 from event_bus.consumers import MAX_CONSUMERS, Consumer, Consumers
-from event_bus.errors import JournalDamaged, JournalError, JournalFull, StartError
+from event_bus.errors import JournalDamaged, JournalError, JournalFull
 from event_bus.event_schema import Registry
 from event_bus.housekeeping import Housekeeping
 from event_bus.intake import Intake, Receipt
@@ -32,6 +32,7 @@ from event_bus.recovery import mark_damaged, open_journal
 from event_bus.settings import Settings
 from event_bus.status import BrokerStatus
 from event_bus.watchdog import Watchdog
+from event_bus.zap import Zap, key_of
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +42,6 @@ MAX_GROUP_MESSAGES = 512
 MAX_WAITING_FETCHES = 10_000
 MAX_WAIT_MS = 30_000
 MAX_REPLY_BYTES = 1 << 20
-MAX_UNREAD_REPLIES = 64
-"""Replies kept for a client that does not read them; with their size, a bound in bytes."""
-
-SUBSCRIBER_HIGH_WATER_MARK = 20_000
 
 _decode_fetch = msgspec.json.Decoder(FetchRequest).decode
 _encode = msgspec.json.Encoder().encode
@@ -57,6 +54,7 @@ class _Waiting(msgspec.Struct):
     from_seq: int
     max_bytes: int
     deadline: float
+    key: str
 
 
 class Broker:
@@ -88,8 +86,16 @@ class Broker:
         self._consumers = Consumers(self.journal)
         self._context: zmq.Context[Any] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 65_000)
-        self._ingress = self._bind(zmq.ROUTER, settings.ingress_url, "ingress_url")
-        self._events = self._bind(zmq.XPUB, settings.events_url, "events_url")
+        has_keys = keys.has_bus_key(settings.keys)
+        ports.check_exposure(settings, has_keys=has_keys)
+        self._zap: Zap | None = None
+        if has_keys:
+            self._zap = Zap(self._context, AllowList(settings.keys / FILE), monotonic)
+        directory = settings.keys if has_keys else None
+        self._ingress, self._events = (
+            ports.listen(self._context, kind, getattr(settings, name), name, directory)
+            for kind, name in ((zmq.ROUTER, "ingress_url"), (zmq.XPUB, "events_url"))
+        )
         self.ingress_url = self._ingress.getsockopt_string(zmq.LAST_ENDPOINT)
         self.events_url = self._events.getsockopt_string(zmq.LAST_ENDPOINT)
         self._wake_receive, self._wake_send = socket.socketpair()
@@ -97,9 +103,11 @@ class Broker:
         self._poller = zmq.Poller()
         for source in (self._ingress, self._events, self._wake_receive):
             self._poller.register(source, zmq.POLLIN)
+        if self._zap is not None:
+            self._poller.register(self._zap.socket, zmq.POLLIN)
         self._watchdog = Watchdog("the event bus")
         self._stopping = False
-        self._live = LiveEvents(self._events, self.registry)
+        self._live = LiveEvents(self._events, self.registry, self._zap, monotonic)
         self._receipts: list[tuple[list[bytes], Receipt]] = []
         self._waiting: dict[tuple[bytes, ...], _Waiting] = {}
         self._status = BrokerStatus(self.intake, self._consumers, clock=clock, monotonic=monotonic)
@@ -114,24 +122,6 @@ class Broker:
             clock=clock,
             monotonic=monotonic,
         )
-
-    def _bind(self, kind: int, url: str, setting: str) -> zmq.Socket[Any]:
-        sock: zmq.Socket[Any] = self._context.socket(kind)
-        sock.linger = 500
-        if kind == zmq.XPUB:
-            sock.sndhwm = SUBSCRIBER_HIGH_WATER_MARK
-        else:
-            sock.maxmsgsize = protocol.MAX_MESSAGE_BYTES
-            sock.sndhwm = MAX_UNREAD_REPLIES
-        try:
-            sock.bind(url)
-        except zmq.ZMQError as e:
-            sock.close()
-            raise StartError(
-                f"cannot listen on {url}: {e.strerror}{_port_owner(url)}",
-                hint=f"stop what listens there or set BITTEN_{setting.upper()}",
-            ) from e
-        return sock
 
     def stop(self) -> None:
         """Make `run` return after its turn; may be called from a signal handler or any thread."""
@@ -170,6 +160,8 @@ class Broker:
         ready = dict(self._poller.poll(self._timeout_ms()))
         if self._wake_receive.fileno() in ready:
             self._wake_receive.recv(4096)
+        if self._zap is not None and self._zap.socket in ready:
+            self._zap.answer()
         if self._events in ready:
             self._live.take_subscriptions()
         try:
@@ -204,18 +196,30 @@ class Broker:
 
     def _drain(self) -> None:
         for _ in range(MAX_GROUP_MESSAGES):
+            rights: Rights | None = UNLIMITED
+            key = ""
             try:
-                frames = self._ingress.recv_multipart(zmq.NOBLOCK)
+                if self._zap is None:
+                    frames = self._ingress.recv_multipart(zmq.NOBLOCK)
+                else:
+                    received = self._ingress.recv_multipart(zmq.NOBLOCK, copy=False)
+                    frames = [frame.bytes for frame in received]
+                    key = key_of(received[-1])
+                    rights = self._zap.rights(key)
             except zmq.Again:
                 return
             # A REQ socket puts an empty frame first and wants it back.
             at = 2 if len(frames) > 2 and not frames[1] else 1
             verb, request_id, *arguments = [*frames[at:], b"", b""][: max(2, len(frames) - at)]
             route = [*frames[:at], request_id]
-            if verb == protocol.PUBLISH and arguments:
-                self._take(route, arguments)
+            if rights is None:
+                self._fail(route, "forbidden", "this key is not allowed any more")
+            elif verb == protocol.PUBLISH and arguments:
+                self._take(route, arguments, rights)
             elif verb == protocol.FETCH and arguments:
-                self._fetch(route, arguments[0])
+                self._fetch(route, arguments[0], key, rights)
+            elif verb in (protocol.STATUS, protocol.FORGET) and not rights.reads_all:
+                self._fail(route, "forbidden", f"{verb.decode()} needs the right to read all")
             elif verb == protocol.STATUS:
                 self._reply(route, protocol.STATUS, _encode(self.status()))
             elif verb == protocol.FORGET and arguments:
@@ -230,7 +234,7 @@ class Broker:
             if self.intake.pending_bytes >= MAX_GROUP_BYTES:
                 return
 
-    def _take(self, route: list[bytes], arguments: list[bytes]) -> None:
+    def _take(self, route: list[bytes], arguments: list[bytes], rights: Rights) -> None:
         reason = self.intake.out_of_turn(arguments[0])
         if reason is not None:
             self._fail(route, "storage_full", reason)
@@ -238,14 +242,18 @@ class Broker:
         report = arguments[1].decode("utf-8", "replace") if len(arguments) > 1 else None
         receipt = Receipt()
         self._receipts.append((route, receipt))
-        taken = self.intake.take(arguments[0], report)
+        may_publish = None if rights.publishes_all else rights.may_publish
+        taken = self.intake.take(arguments[0], report, may_publish)
         self._receipts[-1] = (route, taken)
 
-    def _fetch(self, route: list[bytes], body: bytes) -> None:
+    def _fetch(self, route: list[bytes], body: bytes, key: str, rights: Rights) -> None:
         try:
             request = _decode_fetch(body)
         except (msgspec.DecodeError, UnicodeDecodeError) as e:
             self._fail(route, "bad_request", f"fetch: {e}")
+            return
+        if request.consumer and not rights.reads_all:
+            self._fail(route, "forbidden", "a durable consumer needs the right to read all")
             return
         from_seq = request.from_seq
         if from_seq is None:
@@ -283,6 +291,7 @@ class Broker:
             from_seq,
             min(request.max_bytes, MAX_REPLY_BYTES),
             self._monotonic() + min(request.wait_ms, MAX_WAIT_MS) / 1000,
+            key,
         )
         if from_seq <= self.journal.last_seq or request.wait_ms <= 0:
             self._answer(waiting)
@@ -307,6 +316,10 @@ class Broker:
             self._answer(self._waiting.pop(key))
 
     def _answer(self, waiting: _Waiting) -> None:
+        rights = UNLIMITED if self._zap is None else self._zap.rights(waiting.key)
+        if rights is None:
+            self._fail(waiting.route, "forbidden", "this key is not allowed any more")
+            return
         try:
             batches = self.journal.read(waiting.from_seq, waiting.max_bytes)
         except DamagedBatch as e:
@@ -321,7 +334,10 @@ class Broker:
             journal_id=self.journal.journal_id,
             epoch=self.journal.epoch,
         )
-        self._reply(waiting.route, protocol.BATCHES, _encode(reply), *[b.body for b in batches])
+        bodies = [b.body for b in batches]
+        if not rights.reads_all:
+            bodies = [readable_part(body, rights, self.registry) for body in bodies]
+        self._reply(waiting.route, protocol.BATCHES, _encode(reply), *bodies)
 
     def _reply(self, route: list[bytes], verb: bytes, *frames: bytes) -> None:
         *peer, request_id = route
@@ -355,19 +371,3 @@ class Broker:
             "ingress_url": self.ingress_url,
             "subscriptions": self._live.subscriptions,
         }
-
-
-def _port_owner(url: str) -> str:
-    """Which process holds the port, as far as this user may see it; empty if none does."""
-    port = url.rpartition(":")[2]
-    for connection in psutil.net_connections("tcp"):
-        address: Any = connection.laddr
-        if connection.status == psutil.CONN_LISTEN and str(address.port) == port:
-            if connection.pid is None:
-                return f": port {port} is held by another user's process"
-            try:
-                name = psutil.Process(connection.pid).name()
-            except psutil.Error:  # it has just ended
-                name = "gone by now"
-            return f": port {port} is held by process {connection.pid} ({name})"
-    return ""

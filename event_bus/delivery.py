@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import zmq
 
-from event_bus import protocol
+from event_bus import keys, protocol
 from event_bus.bridge import BATCH_BYTES, BATCH_EVENTS
+from event_bus.errors import KeysError
 
 if TYPE_CHECKING:
     from event_bus.bridge import Bridge
@@ -117,8 +118,9 @@ class Delivery:
             self._socket.linger = 0
             self._socket.immediate = True  # queue for a broker that is there, not for the next one
             self._socket.reconnect_ivl = -1
+            keys.use_client_key(self._socket, self._bridge.settings.keys)
             self._socket.connect(self._bridge.settings.ingress_url)
-        except zmq.ZMQError as e:
+        except (zmq.ZMQError, KeysError) as e:
             self._cannot_connect(str(e))
 
     def _cannot_connect(self, problem: str) -> None:

@@ -55,6 +55,9 @@ decode = _decoder.decode
 decode_lines = _decoder.decode_lines
 """The envelopes of a canonical batch. Only for bytes that were admitted before."""
 
+decode_readable_lines = msgspec.json.Decoder(Envelope | None).decode_lines
+"""The same of a batch with `null` for events that one may not read."""
+
 _DIGITS_AS_ZERO = bytes.maketrans(b"123456789", b"000000000")
 _LONG_NUMBER = b"0" * 19
 

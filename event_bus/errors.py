@@ -4,6 +4,7 @@ BittenError
 ├── SettingsError      a flag, variable or config.yaml entry that cannot be used
 ├── MissingExtra       an optional package is not installed; names the extra
 ├── SchemaError        a schema file that cannot be used
+├── KeysError          a key or the allow-list cannot be used
 ├── RejectedEvent      an event that the contract refuses; carries the rejection
 ├── BusUnavailable     the broker did not answer in time
 ├── BusRefused         the broker answered a request with an error
@@ -56,6 +57,10 @@ class MissingExtra(BittenError):
 
 class SchemaError(BittenError):
     exit_code = 2
+
+
+class KeysError(BittenError):
+    exit_code = 4
 
 
 class RejectedEvent(BittenError):

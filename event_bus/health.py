@@ -53,6 +53,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     journal_held_by: str | None = None
     consumers: dict[str, ConsumerFacts] = {}
     schema_problems: list[str] = []
+    keys_problem: str = ""
 
 
 class Health:
@@ -137,6 +138,12 @@ def find_problems(facts: Facts) -> list[Problem]:
             "clock_back",
             f"the clock was set back: it has been {facts.latest - facts.now:.0f} s ahead of now",
             "check the time service; `seq` is right, `received_at` steps back with the clock",
+        )
+    if facts.keys_problem:
+        add(
+            "keys_problem",
+            f"the allow-list of keys cannot be read: {facts.keys_problem}",
+            "mend that line; until then the last good list stays in force",
         )
     for text in facts.schema_problems:
         add(

@@ -67,6 +67,7 @@ class Housekeeping:
             self._adopter.look()
             self._consumers.pass_time(HEARTBEAT_S)
             self.probe_storage()
+            self._status.keys_problem = self._live.apply_rights()
             self._look()
             self._live.publish_heartbeat(self._status.heartbeat())
             self._tell_losses()

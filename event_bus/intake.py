@@ -80,11 +80,17 @@ class Intake:
     def pending_bytes(self) -> int:
         return self._bytes
 
-    def take(self, batch: bytes, report: str | None = None) -> Receipt:
+    def take(
+        self,
+        batch: bytes,
+        report: str | None = None,
+        may_publish: Callable[[str], bool] | None = None,
+    ) -> Receipt:
         """Take in one batch of newline-delimited JSON. It is on disk only after `commit`.
 
-        `report` is the producer's account of itself, kept with the journal's. Raises JournalError
-        when the journal cannot be read.
+        `report` is the producer's account of itself, kept with the journal's. `may_publish` says
+        which event types its key may publish (default: all). Raises JournalError when the journal
+        cannot be read.
         """
         receipt = Receipt()
         if report is not None and len(report) > MAX_REPORT_BYTES:
@@ -93,10 +99,12 @@ class Intake:
             self._refuse_whole(batch, receipt)
         else:
             events = envelope.decode_canonical(batch)
+            if events and may_publish and not all(may_publish(e.event_type) for e in events):
+                events = None
             if events and self._take_whole(batch, events, report):
                 receipt.accepted = len(events)
             else:
-                self._take_lines(batch, report, receipt)
+                self._take_lines(batch, report, receipt, may_publish)
         self.totals.accepted += receipt.accepted
         self.totals.duplicates += receipt.duplicates
         self.totals.rejected += receipt.rejected
@@ -217,13 +225,19 @@ class Intake:
         self._add(batch, len(events))
         return True
 
-    def _take_lines(self, batch: bytes, report: str | None, receipt: Receipt) -> None:
+    def _take_lines(
+        self,
+        batch: bytes,
+        report: str | None,
+        receipt: Receipt,
+        may_publish: Callable[[str], bool] | None,
+    ) -> None:
         lines = batch.split(b"\n")
         if not lines[-1]:
             lines.pop()
         reporter = None
         for index, line in enumerate(lines):
-            reporter = self._take_line(line, index, receipt) or reporter
+            reporter = self._take_line(line, index, receipt, may_publish) or reporter
         if reporter is not None and report is not None:
             reporter.report = report
 
@@ -239,11 +253,24 @@ class Intake:
         receipt.refusals.append(Refusal(0, str(error)))
         self._reject(batch, error, None)
 
-    def _take_line(self, line: bytes, index: int, receipt: Receipt) -> Producer | None:
+    def _take_line(
+        self,
+        line: bytes,
+        index: int,
+        receipt: Receipt,
+        may_publish: Callable[[str], bool] | None,
+    ) -> Producer | None:
         """Take one line in, or count what is wrong with it; returns the producer of a native id."""
         event = None
         try:
             event = envelope.read(line)
+            if may_publish is not None and not may_publish(event.event_type):
+                raise RejectedEvent(
+                    f"this key may not publish {event.event_type}",
+                    rule="rights",
+                    path="event_type",
+                    value=event.event_type,
+                )
             self._check(event)
             if event.event_id.startswith(self._token):
                 raise RejectedEvent(

@@ -14,7 +14,9 @@ import msgspec
 import zmq
 from msgspec import Meta
 
+from event_bus import keys
 from event_bus.errors import BusRefused, BusUnavailable, TrimmedRange
+from event_bus.settings import Settings
 
 PUBLISH = b"publish"
 FETCH = b"fetch"
@@ -94,12 +96,15 @@ def raise_error(body: bytes) -> None:
 class Client:
     """A connection to the broker's ingress port, for one thread. Close it when done.
 
-    While it waits, anything to read from the descriptor `interrupt_fd` makes it raise
-    InterruptedError. It notices at once when a bus that has answered before is gone.
+    `bus` is the settings of a home, whose key is used if it has one, or the address of a bus
+    without keys. Raises KeysError if the key cannot be used. While it waits, anything to read from
+    the descriptor `interrupt_fd` makes it raise InterruptedError. It notices at once when a bus
+    that has answered before is gone.
     """
 
-    def __init__(self, url: str, *, interrupt_fd: int | None = None) -> None:
-        self.url = url
+    def __init__(self, bus: Settings | str, *, interrupt_fd: int | None = None) -> None:
+        self.url = bus if isinstance(bus, str) else bus.ingress_url
+        self._keys = None if isinstance(bus, str) else bus.keys
         self._context: zmq.Context[Any] = zmq.Context.instance()
         self._interrupt_fd = interrupt_fd
         self._ids = itertools.count(1)
@@ -108,6 +113,12 @@ class Client:
     def _connect(self) -> None:
         self.socket = self._context.socket(zmq.DEALER)
         self.socket.linger = 0
+        try:
+            if self._keys is not None:
+                keys.use_client_key(self.socket, self._keys)
+        except BaseException:
+            self.socket.close()
+            raise
         self._monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._has_answered = False
         self.socket.connect(self.url)
@@ -154,11 +165,12 @@ class Client:
 
     def _give_up(self, reason: str) -> NoReturn:
         # What is queued for a broker that is away would reach the next one as news.
+        hint = "start it with `bitten up`, `bitten bus` or `pm2 start pm2_config.json`"
+        if self.socket.mechanism == zmq.CURVE:
+            hint += "; if it runs, it does not allow this home's key (`bitten keys list` there)"
         self.close()
         self._connect()
-        raise BusUnavailable(
-            reason, hint="start it with `bitten up`, `bitten bus` or `pm2 start pm2_config.json`"
-        )
+        raise BusUnavailable(reason, hint=hint)
 
     def status(self, timeout_s: float = 2.0) -> dict[str, Any]:
         """The broker's account of itself, as docs/protocol.md lists it."""

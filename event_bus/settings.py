@@ -128,6 +128,10 @@ class Settings:
     def schemas(self) -> Path:
         return self.home / "schemas"
 
+    @property
+    def keys(self) -> Path:
+        return self.home / "keys"
+
     def make_home(self) -> None:
         """Create the home directory, readable by its owner only. Raises SettingsError."""
         try:

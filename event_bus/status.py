@@ -21,7 +21,7 @@ MAX_PRODUCERS = 1_000
 
 
 class BrokerStatus:
-    """Reads what the others know; `storage_full_since` and `journal_held_by` are told to it.
+    """Reads what the others know; what only the broker knows is told to it by attributes.
 
     `clock` gives Unix seconds, `monotonic` those that uptime is counted in.
     """
@@ -37,6 +37,7 @@ class BrokerStatus:
         self.health = Health()
         self.storage_full_since: float | None = None
         self.journal_held_by: str | None = None
+        self.keys_problem = ""
         self._intake = intake
         self._journal = intake.journal
         self._consumers = consumers
@@ -64,6 +65,7 @@ class BrokerStatus:
                     name: ConsumerFacts(self._consumers.lag(c), c.silent_s, c.problem)
                     for name, c in self._consumers.items()
                 },
+                keys_problem=self.keys_problem,
                 schema_problems=[str(p) for p in self._intake.registry.problems],
             )
         )

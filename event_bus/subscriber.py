@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import fnmatch
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from event_bus import envelope, protocol
+from event_bus import envelope, keys, protocol
 from event_bus.envelope import Envelope
 from event_bus.errors import BusRefused, BusUnavailable
-from event_bus.protocol import Client, FetchReply, FetchRequest
+from event_bus.protocol import BatchHead, Client, FetchReply, FetchRequest
 from event_bus.settings import Settings
 
 POLL_MS = 1_000
@@ -124,17 +124,39 @@ class Cursor:
         if self.next_seq is None:  # that was only to learn where to begin
             return reply.from_seq, []
         next_seq = self.next_seq
-        batches = []
+        batches: list[Batch] = []
         for head, body in zip(reply.batches, bodies, strict=True):
             skip = max(0, next_seq - head.first_seq)
-            events = envelope.decode_lines(body)
+            events: Sequence[Envelope | None]
+            try:
+                events = whole = envelope.decode_lines(body)
+            except msgspec.ValidationError:  # or it has events that our key may not read
+                events, whole = envelope.decode_readable_lines(body), None
             if head.first_seq > next_seq:
                 raise ValueError(f"event {next_seq} is missing before {head.first_seq}")
             if len(events) != head.count:
                 raise ValueError(f"{len(events)} events where {head.count} were announced")
-            batches.append(Batch(head.first_seq + skip, head.received_at, events[skip:]))
+            if whole is None:
+                batches += _readable(head, events[skip:], head.first_seq + skip)
+            else:
+                batches.append(Batch(head.first_seq + skip, head.received_at, whole[skip:]))
             next_seq = max(next_seq, head.first_seq + head.count)
         return next_seq, batches
+
+
+def _readable(head: BatchHead, events: Sequence[Envelope | None], first_seq: int) -> list[Batch]:
+    """The stretches between the events that came as `null`."""
+    batches = []
+    stretch: list[Envelope] = []
+    for seq, event in enumerate(events, first_seq):
+        if event is not None:
+            stretch.append(event)
+        elif stretch:
+            batches.append(Batch(seq - len(stretch), head.received_at, stretch))
+            stretch = []
+    if stretch:
+        batches.append(Batch(first_seq + len(events) - len(stretch), head.received_at, stretch))
+    return batches
 
 
 class Subscriber:
@@ -251,12 +273,13 @@ class Subscriber:
 
     def _connected(self) -> Client:
         if self._client is None:
-            self._client = Client(self._settings.ingress_url)
+            self._client = Client(self._settings)
         return self._client
 
     def _async_socket(self) -> zmq.asyncio.Socket:
         socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
         socket.linger = 0
+        keys.use_client_key(socket, self._settings.keys)
         socket.connect(self._settings.ingress_url)
         return socket
 

@@ -105,7 +105,7 @@ class System:
         return self.popen("-m", "event_bus", "collect")
 
     def status(self, timeout_s: float = 5.0) -> dict[str, Any] | None:
-        client = Client(self.settings.ingress_url)
+        client = Client(self.settings)
         try:
             return client.status(timeout_s)
         except BusUnavailable:

@@ -26,6 +26,7 @@ ELSEWHERE = {
     "scripts/bench": ".ci/run",
     "scripts/fuzz": ".ci/run",
     "pm2 start": "test_pm2.py",
+    "pm2 restart": "test_pm2.py",
 }
 """Commands that other tests run, by how they begin."""
 

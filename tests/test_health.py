@@ -32,6 +32,7 @@ EVERYTHING = Facts(
         "slow": ConsumerFacts(lag=7, silent_s=30.0, problem=""),
         "sick": ConsumerFacts(lag=1, silent_s=0.0, problem="database is locked"),
     },
+    keys_problem="allowed.yaml, line 2: not YAML",
     schema_problems=["news.json: not JSON"],
 )
 
@@ -52,6 +53,7 @@ def test_each_problem_is_named_with_a_remedy_and_the_gravest_comes_first() -> No
         "consumer_stalled",
         "journal_held",
         "clock_back",
+        "keys_problem",
         "schema_problem",
     ]
     assert "/home/journal.db" in found["storage_full"].message

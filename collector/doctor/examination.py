@@ -125,7 +125,7 @@ def _of_check(level: Level, what: str) -> Finding:
 
 def _status(settings: Settings) -> dict[str, Any] | None:
     try:
-        client = Client(settings.ingress_url)
+        client = Client(settings)
     except BittenError:
         return None
     try:

@@ -10,6 +10,7 @@ import click
 
 from event_bus.broker import Broker
 from event_bus.pm2 import notify_ready
+from event_bus.ports import raise_descriptor_limit
 from event_bus.settings import Settings
 from event_bus.supervisor import Supervisor
 
@@ -28,6 +29,7 @@ def bus(settings: Settings) -> None:
     pm2 start pm2_config.json                    with the collector, kept alive
     bitten --home /srv/bitten bus                files elsewhere
     """
+    raise_descriptor_limit()
     broker = Broker(settings)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: broker.stop())

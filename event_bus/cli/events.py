@@ -218,7 +218,7 @@ def status(settings: Settings, as_json: bool) -> None:
 
     Exit code 0: all is well. 1: something is wrong; it says what, and what to do. 3: no answer.
     """
-    client = Client(settings.ingress_url)
+    client = Client(settings)
     answer = client.status()
     client.close()
     if as_json:

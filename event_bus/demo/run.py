@@ -63,7 +63,7 @@ class Demo:
             "BITTEN_INGRESS_URL": f"tcp://127.0.0.1:{ingress_port}",
         }
         self.settings = Settings.load(environ=self._environ)
-        self._client = Client(self.settings.ingress_url)
+        self._client = Client(self.settings)
         return self
 
     def __exit__(self, *exception: object) -> None:
