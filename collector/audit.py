@@ -21,7 +21,7 @@ from collector.journal_view import JournalView, ProducerRow
 from collector.ledger import Account, Held, Known, Range
 from collector.reader import Reader
 from collector.spooled import Spooled, read_spools
-from collector.tally import Count, Tally, gaps
+from collector.tally import Count, Tally, gaps, journal_losses
 from event_bus import protocol
 from event_bus.errors import BusUnavailable, DatabaseError
 from event_bus.protocol import Client
@@ -32,10 +32,14 @@ CLOCK_SLACK_S = 1.0
 
 
 class Ledger(msgspec.Struct, kw_only=True):
-    """The answer of `bitten audit`; docs/audit.md says what each count means."""
+    """The answer of `bitten audit`; docs/audit.md says what each count means.
+
+    `at_least` is true if nobody knows how much the journal lost besides.
+    """
 
     verdict: str
     lost: int
+    at_least: bool
     published: int
     acked: int
     waiting: int
@@ -93,25 +97,17 @@ def audit(settings: Settings, *, full: bool = False) -> Ledger:
                 Count(reader, tally, stored_seq).run(
                     journal.runs(counted_from), journal.opaque_ids(counted_from)
                 )
-                ranges = sorted(
-                    [*gaps(reader.db, 1, stored_seq), *tally.faults], key=lambda r: r.first_seq
-                )
+                told = journal_losses(reader.db)
+                ranges = [*gaps(reader.db, 1, stored_seq), *tally.faults]
         except apsw.Error as e:
             raise DatabaseError(f"cannot read {settings.db}: {e}") from e
         unstored = journal.unstored(stored_seq + 1)
     status = _answer(client, request) if client else None
     vouched.save(settings.home, opening, journal.journal_id, tally)
-    if journal.first_seq > stored_seq + 1:
-        ranges.append(
-            Range(
-                kind="gap",
-                first_seq=stored_seq + 1,
-                last_seq=journal.first_seq - 1,
-                events=journal.first_seq - stored_seq - 1,
-                reason="the collector has not come to them yet",
-            )
-        )
+    ranges += _not_to_come(journal, stored_seq, told)
+    ranges.sort(key=lambda r: r.first_seq)
     waiting = max(0, journal.last_seq - max(stored_seq, journal.first_seq - 1))
+    waiting -= sum(r.events for r in ranges if r.kind == "journal")
     accounts = _accounts(producers, dead, spools, tally, unstored)
     foreign = _foreign(tally, waiting - sum(unstored.values()))
     by_ranges = sum(r.events for r in ranges)
@@ -121,6 +117,7 @@ def audit(settings: Settings, *, full: bool = False) -> Ledger:
     return Ledger(
         verdict=verdict,
         lost=lost,
+        at_least=any(r.last_seq is None for r in ranges),
         waiting=total.in_memory + total.in_spool,
         **{name: getattr(total, name) for name in ledger.SUMMED if name != "processes"},
         truncated=tally.truncated,
@@ -137,6 +134,23 @@ def audit(settings: Settings, *, full: bool = False) -> Ledger:
         sources=ledger.by_source([*accounts, *foreign]),
         producers=accounts,
     )
+
+
+def _not_to_come(journal: JournalView, stored_seq: int, told: list[Range]) -> list[Range]:
+    """What the journal lost; and what of it, or trimmed, the collector has yet to find missing."""
+    losses = {r.first_seq: r for r in told}
+    for loss in journal.losses:
+        r = losses.setdefault(loss.first_seq, loss)
+        r.events = max(0, (loss.last_seq or 0) - max(stored_seq, loss.first_seq - 1))
+    ranges = list(losses.values())
+    first, last = stored_seq + 1, journal.first_seq - 1
+    if first <= last:
+        reason = "the collector has not come to them yet"
+        count = last - first + 1
+        ranges.append(
+            Range(kind="gap", first_seq=first, last_seq=last, events=count, reason=reason)
+        )
+    return ranges
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ def audit(settings: Settings, producers: bool, full: bool, as_json: bool) -> Non
         print_json(found)
     else:
         _print(found, every=producers)
-    sys.exit(1 if found.lost else 0)
+    sys.exit(1 if found.lost or found.at_least else 0)
 
 
 def _print(found: Ledger, *, every: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import apsw
 import msgspec
 
-from collector.ledger import Report
+from collector.ledger import Range, Report
 from event_bus import database
 from event_bus.errors import JournalError
 
@@ -36,8 +36,11 @@ class JournalView:
                 self.origin_seq: int = meta.get("origin_seq", 1)
                 trimmed: int = meta["trimmed_seq"]
                 first, last = self._row("SELECT min(first_seq), max(first_seq) FROM batch")
-                self.first_seq: int = first if first is not None else trimmed + 1
-                self.last_seq: int = trimmed if last is None else self._end_of(last)
+                self.losses = self._losses()
+                ends = [loss.last_seq for loss in self.losses if loss.last_seq is not None]
+                self.last_seq: int = max(0 if last is None else self._end_of(last), trimmed, *ends)
+                starts = [r.first_seq for r in self.losses if r.last_seq and r.first_seq > trimmed]
+                self.first_seq: int = min([self.last_seq + 1 if first is None else first, *starts])
             except BaseException:
                 self._db.close()
                 raise
@@ -70,11 +73,17 @@ class JournalView:
             )
 
     def unstored(self, from_seq: int) -> dict[str, int]:
-        """How many events of each process lie at `from_seq` and after."""
+        """How many events of each process lie at `from_seq` and after, and are not lost."""
         counts: dict[str, int] = {}
         for token, first_n, last_n, first_seq in self.runs(from_seq):
-            events = last_n - first_n + 1 - max(0, from_seq - first_seq)
-            counts[token] = counts.get(token, 0) + events
+            last_seq = first_seq + last_n - first_n
+            first_seq = max(first_seq, from_seq)
+            lost = sum(
+                max(0, min(r.last_seq, last_seq) - max(r.first_seq, first_seq) + 1)
+                for r in self.losses
+                if r.last_seq is not None
+            )
+            counts[token] = counts.get(token, 0) + last_seq - first_seq + 1 - lost
         return counts
 
     def last_seq_now(self) -> int:
@@ -90,6 +99,17 @@ class JournalView:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _losses(self) -> list[Range]:
+        """What this journal knows to be lost."""
+        if not self._row("SELECT count(*) FROM sqlite_master WHERE name = 'lost_range'")[0]:
+            return []  # made by a bus of before
+        return [
+            Range(kind="journal", first_seq=first, last_seq=last, at=at, reason=reason)
+            for first, last, at, reason in self._db.execute(
+                "SELECT first_seq, last_seq, found_at, reason FROM lost_range"
+            )
+        ]
 
     def _end_of(self, first_seq: int) -> int:
         (count,) = self._row("SELECT count FROM batch WHERE first_seq = ?", first_seq)

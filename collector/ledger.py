@@ -106,20 +106,22 @@ class Range(msgspec.Struct, kw_only=True):
     """Events `first_seq` to `last_seq`, of which `events` are not in the database as they should.
 
     `kind` is `gap` (gone from the journal before they were stored, and recorded), `hole` (not in
-    the database, and nothing says why) or `differs` (stored as another event than the journal's).
+    the database, and nothing says why), `differs` (stored as another event than the journal's) or
+    `journal` (lost by the journal: those that are not stored become a gap; without `last_seq`
+    nobody knows how many there were).
     """
 
     kind: str
     first_seq: int
-    last_seq: int
-    events: int
+    last_seq: int | None
+    events: int = 0
     at: float | None = None
     reason: str = ""
 
     def __str__(self) -> str:
         if self.first_seq == self.last_seq:
             return str(self.first_seq)
-        return f"{self.first_seq}-{self.last_seq}"
+        return f"{self.first_seq}-{'?' if self.last_seq is None else self.last_seq}"
 
 
 SUMMED = (
@@ -224,6 +226,7 @@ def verdict(accounts: Sequence[Account], ranges: Sequence[Range]) -> tuple[int, 
         "gap": "gone from the journal before they were stored",
         "hole": "missing in the database",
         "differs": "stored as another event than the journal's",
+        "journal": "lost by the journal and not stored",
     }
     lost = dropped
     for kind, text in words.items():
@@ -237,6 +240,9 @@ def verdict(accounts: Sequence[Account], ranges: Sequence[Range]) -> tuple[int, 
         whose = [f"{a.unaccounted} of {_name(a)}" for a in by_source(accounts) if a.unaccounted]
         lost += nowhere
         parts.append(f"{nowhere} unaccounted for ({_some(whose)})")
+    endless = [str(r.first_seq) for r in ranges if r.last_seq is None]
+    if endless:
+        parts.append(f"an unknown number from seq {_some(endless)} on, lost with the journal")
     return lost, f"{lost} lost" + (f": {'; '.join(parts)}" if parts else "")
 
 

@@ -27,6 +27,7 @@ from event_bus.errors import DatabaseError
 from event_bus.event_schema import Registry
 from event_bus.intake import Intake
 from event_bus.journal import Journal
+from event_bus.journal_format import LostRange
 from event_bus.protocol import Client
 from event_bus.settings import Settings
 from event_bus.subscriber import Batch
@@ -363,6 +364,27 @@ def test_rows_that_hold_another_event_than_the_journal_are_told(books: Books) ->
     ledger = audit(books.settings)
     assert shown(ledger) == [("differs", "2-3", 2), ("differs", "6", 1)]
     assert ledger.verdict == ("3 lost: 3 stored as another event than the journal's (seq 2-3, 6)")
+
+
+def test_what_the_journal_lost_is_told_until_it_is_a_gap(books: Books) -> None:
+    books.publish(TOKEN, 5)
+    books.collect()
+    books.publish(TOKEN, 5)
+    books.journal.record_loss(LostRange(4, 8, 1_000.0, "CRC-32 is wrong", "journal.db"))
+    ledger = audit(books.settings)
+    assert shown(ledger) == [("journal", "4-8", 3)]
+    assert ledger.verdict == "3 lost: 3 lost by the journal and not stored (seq 4-8)"
+    assert (ledger.stored, ledger.unstored) == (5, 2)
+    assert not ledger.at_least
+
+
+def test_a_loss_of_unknown_length_is_never_called_none(books: Books) -> None:
+    books.publish(TOKEN, 5)
+    books.collect()
+    books.journal.record_loss(LostRange(6, None, 1_000.0, "is gone", "journal.db"))
+    ledger = books.audit()
+    assert (ledger.lost, ledger.at_least) == (0, True)
+    assert ledger.verdict == "0 lost: an unknown number from seq 6 on, lost with the journal"
 
 
 def test_another_database_is_not_vouched_for_by_an_old_mark(books: Books) -> None:
