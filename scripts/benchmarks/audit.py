@@ -1,4 +1,4 @@
-"""Time `bitten audit` over a large database: scripts/benchmarks/audit.py [--events N] [--keep DIR]
+"""Time `bitten audit` over a large database: scripts/benchmarks/audit.py [--events N]
 
 Makes the database with the collector's own store, and a journal that knows the same events (its
 batches are empty of text: the audit reads none of it). Then runs the command as cron would: the
