@@ -96,10 +96,12 @@ class AsideReader:
                 row = self._db.execute(
                     "SELECT value FROM _meta WHERE key = 'journal_id'"
                 ).fetchone()
+                last = self._db.execute(layout.LAST_SEQ).fetchone()
             except BaseException:
                 self._db.close()
                 raise
         self.journal_id: str | None = row[0] if row else None
+        self.last_seq: int = last[0] if last else 0
 
     def read(self, first_seq: int, last_seq: int) -> list[Found]:
         """The events from `first_seq` to `last_seq` that can be read, in order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import click
 
@@ -33,8 +34,8 @@ def collect(settings: Settings) -> None:
 
 @click.command()
 @click.option("--type", "event_type", help="Of this event type only.", metavar="TYPE")
-@click.option("--since", type=When(), help="Not before: 15m, 1h, 7d, 2026-01-31, …")
-@click.option("--until", type=When(), help="Before: the same forms.")
+@click.option("--since", "start_time", type=When(), help="Not before: 15m, 1h, 7d, 2026-01-31, …")
+@click.option("--until", "end_time", type=When(), help="Before: the same forms.")
 @click.option("--source", help="From this source only.")
 @click.option("--user-id", help="Of this user only.")
 @click.option("--correlation-id", help="Under this correlation id only.")
@@ -45,18 +46,7 @@ def collect(settings: Settings) -> None:
 @click.option("--json", "form", flag_value="json", help="One JSON object a line.")
 @click.option("--csv", "form", flag_value="csv", help="CSV with a header.")
 @click.pass_obj
-def query(
-    settings: Settings,
-    event_type: str | None,
-    since: float | None,
-    until: float | None,
-    source: str | None,
-    user_id: str | None,
-    correlation_id: str | None,
-    symbol: str | None,
-    limit: int,
-    form: str | None,
-) -> None:
+def query(settings: Settings, /, form: str | None, **filters: Any) -> None:
     """Show stored events, newest first.
 
     \b
@@ -66,16 +56,7 @@ def query(
 
     For anything more there is SQL: sqlite3 ~/.bitten/bitten_events.db "SELECT …".
     """
-    events = DataCollector(settings=settings).query_events(
-        event_type=event_type,
-        start_time=since,
-        end_time=until,
-        source=source,
-        user_id=user_id,
-        correlation_id=correlation_id,
-        symbol=symbol,
-        limit=limit,
-    )
+    events = DataCollector(settings=settings).query_events(**filters)
     columns = [
         *("seq", "event_id", "event_type", "timestamp", "received_at", "source"),
         *("user_id", "correlation_id", "causation_id", "data"),

@@ -20,6 +20,7 @@ from event_bus.event_schema import Registry
 from event_bus.lock import FileLock
 from event_bus.protocol import Client
 from event_bus.settings import Settings
+from event_bus.watchdog import Watchdog
 
 
 class DataCollector:
@@ -63,8 +64,8 @@ class DataCollector:
         """The newest `limit` events that match everything given, newest first.
 
         Times are Unix seconds of when an event happened, `start_time` included and `end_time` not.
-        An event is a dictionary of its envelope, `data` a dictionary within. Raises DatabaseError
-        if there is no database yet.
+        An event is a dictionary of its envelope, `data` a dictionary within. Raises ValueError for
+        an argument of the wrong type, DatabaseError if there is no database yet.
         """
         with Reader(self._settings.db) as reader:
             return reader.query(
@@ -114,7 +115,13 @@ class DataCollector:
             registry = Registry(settings.schemas)
             reports = Reports(settings, CONSUMER)
             closing.callback(reports.close)
-            keeper = Keeper(settings.db, registry, self._stop, reports)
+            keeper = Keeper(
+                settings.db,
+                registry,
+                stop=self._stop,
+                on_alive=closing.enter_context(Watchdog("the collector")).alive,
+                reports=reports,
+            )
             closing.callback(keeper.close)
             client = Client(settings, interrupt_fd=wake.fileno())
             closing.callback(client.close)

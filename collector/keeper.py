@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -10,9 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from collector import wal
-from collector.aside import CORRUPT, REPLACED, move_aside, name_aside
+from collector.aside import CORRUPT, REPLACED, AsideReader, move_aside, name_aside
 from collector.inspection import Inspection
-from collector.reader import Reader
 from collector.reports import Reports
 from collector.store import Store
 from event_bus.errors import (
@@ -46,15 +46,22 @@ class Renewed(Exception):
 
 class Keeper:
     """Owns the store. `problem` is what keeps the collector from storing more, or what was wrong
-    lately; empty if nothing is. `alive` is called at least every two seconds whatever it does.
+    lately; empty if nothing is. `on_alive` is called every few seconds whatever it does.
     """
 
     def __init__(
-        self, path: Path, registry: Registry, stop: threading.Event, reports: Reports
+        self,
+        path: Path,
+        registry: Registry,
+        *,
+        stop: threading.Event,
+        on_alive: Callable[[], None],
+        reports: Reports,
     ) -> None:
         self._path = path
         self._registry = registry
         self._stop = stop
+        self._on_alive = on_alive
         self._reports = reports
         self._store: Store | None = None
         self._inspection: Inspection | None = None
@@ -100,6 +107,7 @@ class Keeper:
 
     def look(self, lag: int) -> None:
         """What is due to be looked at, with `lag` events not stored yet. Raises like `do`."""
+        self._on_alive()
         now = time.monotonic()
         if now < self._look_due:
             return
@@ -114,6 +122,7 @@ class Keeper:
 
     def alive(self) -> None:
         """Say that the collector is at work, though nothing may come of it."""
+        self._on_alive()
         self._reports.send(self._next_seq(), self.problem)
 
     def close(self) -> None:
@@ -210,6 +219,11 @@ class Keeper:
         store = self.store
         ours = store.is_at_path()
         spare: Path | None = Path(f"{self._path}.part")
+        if not ours:
+            # SQLite would read what is left of our -wal as part of the file that is there now.
+            for left in store.left_behind():
+                with contextlib.suppress(FileNotFoundError):
+                    left.rename(f"{name_aside(self._path, REPLACED, time.time())}{left.name[-4:]}")
         if not ours and self._is_there() and self._is_complete_without(store):
             spare = None
         else:
@@ -234,12 +248,21 @@ class Keeper:
         self.open()
 
     def _is_complete_without(self, store: Store) -> bool:
-        """True if the file that is at the path now has all that the open one has."""
+        """True if the file that is at the path now has all that the open one has.
+
+        One that is damaged is put aside.
+        """
         try:
-            with Reader(self._path) as there:
-                return there.journal_id() == store.journal_id and there.last_seq() >= store.last_seq
+            there = AsideReader(self._path)
+        except DatabaseCorrupt:
+            self._move_aside(CORRUPT)
+            return False
         except DatabaseError:
             return False
+        try:
+            return there.journal_id == store.journal_id and there.last_seq >= store.last_seq
+        finally:
+            there.close()
 
     def _let_go(self) -> None:
         """Close the store and leave its files as they are."""

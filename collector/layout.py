@@ -165,4 +165,6 @@ def _hint(error: apsw.Error, path: Path) -> str:
         return "free some disk space; nothing is lost, events wait in the journal"
     if isinstance(error, apsw.NotADBError | apsw.CorruptError | apsw.ConstraintError):
         return _CORRUPT_HINT
+    if isinstance(error, apsw.IOError):
+        return "check the disk and the limit of file sizes (ulimit -f); events wait in the journal"
     return "check that the file and its directory are writable, and the disk"

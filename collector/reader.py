@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import apsw
 import msgspec
@@ -13,6 +13,29 @@ from collector.layout import LAST_SEQ, check_version, is_blank
 from collector.relations import Relation
 from event_bus import database
 from event_bus.errors import DatabaseError, DatabaseMissing
+
+MAX_LIMIT = (1 << 63) - 1
+
+
+class Filters(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What `query` can ask for. None asks for nothing."""
+
+    event_type: str | None = None
+    start_time: float | None = None
+    end_time: float | None = None
+    source: str | None = None
+    user_id: str | int | None = None
+    correlation_id: str | int | None = None
+    symbol: str | None = None
+    limit: Annotated[int, msgspec.Meta(ge=0, le=MAX_LIMIT)] = 100
+
+
+def _filters(given: dict[str, Any]) -> Filters:
+    try:
+        return msgspec.convert(given, Filters)
+    except msgspec.ValidationError as e:
+        words = str(e).replace(" - at `$.", " in `").replace("Object contains", "there is")
+        raise ValueError(f"cannot query: {words}") from None
 
 
 class Reader:
@@ -42,38 +65,29 @@ class Reader:
             hint="start the collector with `bitten up`, `bitten collect` or pm2",
         )
 
-    def query(
-        self,
-        *,
-        event_type: str | None = None,
-        start_time: float | None = None,
-        end_time: float | None = None,
-        source: str | None = None,
-        user_id: str | None = None,
-        correlation_id: str | None = None,
-        symbol: str | None = None,
-        limit: int = 100,
-    ) -> list[dict[str, Any]]:
+    def query(self, **given: Any) -> list[dict[str, Any]]:
         """The newest events that match, newest first; see DataCollector.query_events."""
+        filters = _filters(given)
+        symbol = filters.symbol
         where = {
-            "event_type = ?": event_type,
-            "timestamp >= ?": start_time,
-            "timestamp < ?": end_time,
-            "source = ?": source,
-            "user_id = ?": user_id,
-            "correlation_id = ?": correlation_id,
+            "event_type = ?": filters.event_type,
+            "timestamp >= ?": filters.start_time,
+            "timestamp < ?": filters.end_time,
+            "source = ?": filters.source,
+            "user_id = ?": filters.user_id,
+            "correlation_id = ?": filters.correlation_id,
         }
         conditions = [sql for sql, value in where.items() if value is not None]
         values = [value for value in where.values() if value is not None]
         if symbol is not None:
-            tables = self._tables_with("symbol", event_type)
+            tables = self._tables_with("symbol", filters.event_type)
             arms = " UNION ALL ".join(f'SELECT seq FROM "{t}" WHERE symbol = ?' for t in tables)
             conditions.append(f"seq IN ({arms})" if arms else "0")
             values += [symbol] * len(tables)
         sql = "SELECT * FROM events"
         if conditions:
             sql += f" WHERE {' AND '.join(conditions)}"
-        events = self.rows(f"{sql} ORDER BY seq DESC LIMIT ?", *values, limit)
+        events = self.rows(f"{sql} ORDER BY seq DESC LIMIT ?", *values, filters.limit)
         return [event | {"data": msgspec.json.decode(event["data"])} for event in events]
 
     def rows(self, sql: str, *values: Any) -> list[dict[str, Any]]:
@@ -92,11 +106,6 @@ class Reader:
     def last_seq(self) -> int:
         """Everything up to here is stored or recorded as a gap."""
         return int(self.rows(f"{LAST_SEQ} AS seq")[0]["seq"])
-
-    def journal_id(self) -> str | None:
-        """The journal that these events came from."""
-        rows = self.rows("SELECT value FROM _meta WHERE key = 'journal_id'")
-        return rows[0]["value"] if rows else None
 
     def stats(self) -> dict[str, Any]:
         """See DataCollector.get_stats."""

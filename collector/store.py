@@ -309,6 +309,15 @@ class Store:
         """True if the file at the path is the one that is open, whatever became of its -wal."""
         return self._identity()[0] == self._files[0]
 
+    def left_behind(self) -> list[Path]:
+        """Which of our -wal and -shm are still there."""
+        at = zip(layout.SUFFIXES, self._files, self._identity(), strict=True)
+        return [
+            Path(f"{self.path}{suffix}")
+            for suffix, ours, now in at
+            if suffix and ours is not None and ours == now
+        ]
+
     def _identity(self) -> list[tuple[int, int] | None]:
         found: list[tuple[int, int] | None] = []
         for suffix in layout.SUFFIXES:

@@ -207,3 +207,22 @@ def test_database_that_is_being_made_is_not_there_yet(tmp_path: Path) -> None:
         db.execute("DROP VIEW events")  # the last that a new database gets
     with pytest.raises(DatabaseMissing, match="no database at"):
         DataCollector(path).get_stats()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"limit": None}, "Expected `int`, got `null` in `limit`"),
+        ({"limit": "5"}, "Expected `int`, got `str` in `limit`"),
+        ({"limit": -1}, "Expected `int` >= 0 in `limit`"),
+        ({"start_time": "yesterday"}, "got `str` in `start_time`"),
+        ({"symbol": 5}, "got `int` in `symbol`"),
+    ],
+)
+def test_odd_argument_of_a_query_is_named(
+    tmp_path: Path, given: dict[str, Any], words: str
+) -> None:
+    path = tmp_path / "events.db"
+    Store(path, REGISTRY).close()
+    with pytest.raises(ValueError, match=f"^cannot query: .*{words}$"):
+        DataCollector(path).query_events(**given)
