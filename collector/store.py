@@ -81,6 +81,7 @@ class Store:
 
     def __init__(self, path: Path, registry: Registry) -> None:
         self.path = path
+        self._paths = [Path(f"{path}{suffix}") for suffix in layout.SUFFIXES]
         with contextlib.suppress(FileExistsError):
             layout.create(path)
         with self._errors("open"):
@@ -94,7 +95,7 @@ class Store:
         except BaseException:
             self.abandon()
             raise
-        self._files = self._identity()
+        self._files = [_identity(p) for p in self._paths]
 
     def _prepare(self) -> None:
         new = layout.is_blank(self._db)
@@ -182,7 +183,8 @@ class Store:
         What is stored already is counted as received and otherwise left out; a hole in front of a
         batch is refused.
         """
-        self.check_file()
+        if not self.is_at_path():
+            raise self._replaced()
         new = 0
         with self._transaction():
             self._bind(journal_id)
@@ -300,33 +302,22 @@ class Store:
 
     def check_file(self) -> None:
         """Raise DatabaseReplaced if a file of it was removed or replaced: rows would go nowhere."""
-        if self._identity() != self._files:
-            raise DatabaseReplaced(
-                f"{self.path} was removed or replaced while the collector had it open"
-            )
+        if [_identity(p) for p in self._paths] != self._files:
+            raise self._replaced()
+
+    def _replaced(self) -> DatabaseReplaced:
+        return DatabaseReplaced(
+            f"{self.path} was removed or replaced while the collector had it open"
+        )
 
     def is_at_path(self) -> bool:
         """True if the file at the path is the one that is open, whatever became of its -wal."""
-        return self._identity()[0] == self._files[0]
+        return _identity(self.path) == self._files[0]
 
     def left_behind(self) -> list[Path]:
         """Which of our -wal and -shm are still there."""
-        at = zip(layout.SUFFIXES, self._files, self._identity(), strict=True)
-        return [
-            Path(f"{self.path}{suffix}")
-            for suffix, ours, now in at
-            if suffix and ours is not None and ours == now
-        ]
-
-    def _identity(self) -> list[tuple[int, int] | None]:
-        found: list[tuple[int, int] | None] = []
-        for suffix in layout.SUFFIXES:
-            try:
-                stat = Path(f"{self.path}{suffix}").stat()
-                found.append((stat.st_dev, stat.st_ino))
-            except OSError:
-                found.append(None)
-        return found
+        beside = list(zip(self._paths, self._files, strict=True))[1:]
+        return [path for path, ours in beside if ours is not None and ours == _identity(path)]
 
     def copy_to(self, path: Path, on_step: Callable[[], None]) -> None:
         """Write all of it, also of a file that was removed, to a new file, synced to disk.
@@ -386,6 +377,14 @@ class Store:
 
     def _errors(self, verb: str) -> contextlib.AbstractContextManager[None]:
         return layout.errors(verb, self.path)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino
 
 
 def _split_id(event_id: str) -> tuple[str | None, int | str]:
