@@ -9,6 +9,7 @@ import msgspec
 
 from event_bus.adopt import SpoolAdopter
 from event_bus.consumers import Consumers
+from event_bus.errors import JournalFull
 from event_bus.intake import Intake
 from event_bus.journal import DamagedBatch
 from event_bus.journal_format import LostRange
@@ -98,7 +99,11 @@ class Housekeeping:
         log.error("%s", damaged)
         file = self._journal.path.name
         first, last = damaged.first_seq, damaged.next_seq - 1
-        self._journal.record_loss(LostRange(first, last, self._clock(), "CRC-32 is wrong", file))
+        loss = LostRange(first, last, self._clock(), "CRC-32 is wrong", file)
+        try:
+            self._journal.record_loss(loss)
+        except JournalFull as e:  # whoever asks for it again brings it up again
+            self.storage_is_full(str(e))
         self._look()
 
     def _look(self) -> None:

@@ -66,6 +66,8 @@ class JournalFile:
         raise NotImplementedError
 
     def _open_error(self, error: Exception) -> JournalError:
+        if isinstance(error, apsw.FullError):
+            return self._write_error(error)
         if isinstance(error, apsw.Error) and is_damage(error):
             return JournalDamaged(f"{self.path} is damaged: {error}", hint=DAMAGE_HINT)
         reason = error.strerror if isinstance(error, OSError) else error
@@ -150,10 +152,13 @@ class JournalFile:
     @contextlib.contextmanager
     def filling(self) -> Iterator[None]:
         """Commits within are not synced one by one; at the end all of it is, at once."""
-        self._db.execute("PRAGMA synchronous=OFF")
-        yield
-        self._db.execute("PRAGMA synchronous=FULL")
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        try:
+            self._db.execute("PRAGMA synchronous=OFF")
+            yield
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        except apsw.Error as e:
+            raise self._write_error(e) from e
 
     def size_bytes(self) -> int:
         """Bytes in use, free pages not counted."""

@@ -7,6 +7,7 @@ in place; a start that finds it so goes on there, so a crash in between costs no
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -20,7 +21,7 @@ import msgspec
 
 from event_bus import database
 from event_bus.carve import Carved, Pages, carve, read_batch
-from event_bus.errors import JournalDamaged, JournalError
+from event_bus.errors import JournalDamaged, JournalError, JournalFailed
 from event_bus.journal import Journal
 from event_bus.journal_format import LostRange, Run
 
@@ -47,7 +48,11 @@ def open_journal(path: Path, db: Path, clock: Callable[[], float] = time.time) -
             except JournalDamaged as e:
                 reason = str(e)
         log.error("recovering the journal: %s", reason)
-        aside = _rebuild(path, db, reason, clock)
+        try:
+            aside = _rebuild(path, db, reason, clock)
+        except JournalError:
+            _remove(path.with_suffix(".recovering"))  # it would only fill the disk
+            raise
         journal = Journal(path)
         journal.recovered = f"{reason}; what it was is {aside.name}"
         return journal
@@ -73,11 +78,15 @@ def put_back(journal: Journal, clock: Callable[[], float], on_progress: Callable
     new = journal.path.with_suffix(".recovering")
     try:
         _remove(new)
-        journal.copy_to(new, on_progress)
+        try:
+            journal.copy_to(new, on_progress)
+        except JournalError:
+            _remove(new)  # half a copy would only fill the disk
+            raise
         _seal(new, journal.path)
         journal.reopen(lambda: _finish(journal.path, "replaced", clock))
     except OSError as e:
-        raise JournalError(f"cannot put {journal.path} back: {e.strerror}") from e
+        raise JournalFailed(f"cannot put {journal.path} back: {e.strerror}") from e
 
 
 def _missing(path: Path, db: Path) -> str | None:
@@ -117,8 +126,10 @@ def _rebuild(path: Path, db: Path, reason: str, clock: Callable[[], float]) -> P
     with Pages(path) as pages:
         carved = carve(pages)
         origin_seq, trimmed_seq = _beginning(carved, last_stored)
-        journal = Journal(new, origin_seq=origin_seq)
-        with journal.filling():
+        with (
+            contextlib.closing(Journal(new, origin_seq=origin_seq)) as journal,
+            journal.filling(),
+        ):
             journal.adopt(
                 journal_id=_identity(carved, stored_id),
                 epoch=_number(carved, "epoch"),
@@ -139,7 +150,6 @@ def _rebuild(path: Path, db: Path, reason: str, clock: Callable[[], float]) -> P
             journal.save_consumers(
                 {n: c for n, c in carved.consumers.items() if 0 < c[0] <= journal.last_seq + 1}
             )
-        journal.close()
     _seal(new, path)
     _finish(path, "corrupt", clock)
     _marker(path).unlink(missing_ok=True)

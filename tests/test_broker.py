@@ -649,3 +649,19 @@ def test_journal_removed_under_the_bus_is_put_back_and_nothing_acked_is_lost(bus
     bus.start_bus()
     assert [client.publish(line(f"id-{n}"))["duplicates"] for n in range(102)] == [1] * 102
     client.close()
+
+
+def test_bus_that_was_stopped_takes_what_came_meanwhile_and_misses_nobody(bus: System) -> None:
+    client = Client(bus.settings.ingress_url)
+    reader = Client(bus.settings.ingress_url)
+    reader.receive(reader.send(protocol.FETCH, b'{"from_seq":1,"consumer":"reader"}'), 5)
+    bus.processes[0].send_signal(signal.SIGSTOP)
+    sent = [client.send(protocol.PUBLISH, line(f"id-{n}")) for n in range(50)]
+    assert not client.socket.poll(1_000)
+    bus.processes[0].send_signal(signal.SIGCONT)
+    for request_id in sent:
+        assert json.loads(client.receive(request_id, 10)[0])["accepted"] == 1
+    status = client.status()
+    assert (status["state"], status["epoch"]) == ("ok", 1)
+    client.close()
+    reader.close()

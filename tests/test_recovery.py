@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from disks import small_disk
 
 from event_bus.carve import Pages, carve, read_batch
-from event_bus.errors import JournalDamaged, JournalError
+from event_bus.errors import JournalDamaged, JournalError, JournalFull
 from event_bus.journal import DamagedBatch, Journal
 from event_bus.journal_format import PAGE_BYTES, Batch
 from event_bus.recovery import mark_damaged, open_journal, put_back
@@ -369,3 +370,28 @@ def test_journal_taken_away_under_a_running_bus_is_put_back_whole(
     again = recovered(path)
     assert served(again) == expected
     again.close()
+
+
+def test_recovery_without_room_says_so_and_leaves_the_damaged_journal_for_the_next_try(
+    tmp_path: Path,
+) -> None:
+    with small_disk(tmp_path / "disk", 8) as disk:
+        path = disk / "journal.db"
+        journal = Journal(path)
+        fill(journal, 80, random.Random(7))
+        expected = served(journal)
+        journal.close()
+        ballast = disk / "ballast"
+        ballast.write_bytes(bytes(shutil.disk_usage(disk).free - 200_000))
+        mark_damaged(path, "as found by a test")
+        with pytest.raises(JournalFull, match="no space left for"):
+            recovered(path)
+        assert sorted(p.name for p in disk.iterdir()) == [
+            "ballast",
+            "journal.db",
+            "journal.db.damaged",
+        ]
+        ballast.unlink()
+        journal = recovered(path)
+        assert served(journal) == expected
+        journal.close()
