@@ -87,11 +87,15 @@ def _journal_ids(path: Path) -> dict[int, str]:
 
 
 def _damage(path: Path, rng: random.Random) -> str:
-    """Damage the journal or its WAL; says how."""
+    """Damage the journal or its WAL; says how.
+
+    The end of the WAL is not cut off: that cannot be told from a power loss in the middle of a
+    write, which costs nobody anything that was acknowledged.
+    """
     files = [f for f in (path, Path(f"{path}-wal")) if f.exists() and f.stat().st_size > 64 << 10]
     file = rng.choice(files)
     size = file.stat().st_size
-    kind = rng.choice(("bits", "page", "cut", "first page"))
+    kind = rng.choice(("bits", "page", "first page", *(("cut",) if file == path else ())))
     with file.open("r+b") as f:
         if kind == "cut":
             f.truncate(rng.randrange(size * 6 // 10, size))
