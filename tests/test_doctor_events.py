@@ -27,6 +27,8 @@ from event_bus.subscriber import Batch
 HOUR_S = 3_600.0
 DAY_S = 24 * HOUR_S
 
+JOURNAL = "0123456789abcdef"
+
 _ids = itertools.count(1)
 
 
@@ -40,14 +42,16 @@ def event(source: str, event_type: str = "user_action", **fields: Any) -> Envelo
     )
 
 
-def store(system: System, history: Iterable[tuple[float, Envelope]]) -> None:
+def store(
+    system: System, history: Iterable[tuple[float, Envelope]], journal_id: str = JOURNAL
+) -> None:
     """Events as the collector would have stored them, each with when it was received."""
     system.settings.make_home()
     made = Store(system.db, Registry())
     batches = []
     for seq, (received_at, one) in enumerate(sorted(history, key=lambda e: e[0]), 1):
         batches.append(Batch(seq, received_at, decode_lines(encode_lines([one]))))
-    made.write(batches, "0123456789abcdef")
+    made.write(batches, journal_id)
     made.close()
 
 
@@ -337,3 +341,32 @@ def test_bus_with_few_descriptors_left_is_a_fault(system: System) -> None:
     finally:
         for connection in connections:
             connection.close()
+
+
+def test_history_without_a_backup_is_a_warning_after_a_day(stored_for_days: System) -> None:
+    system = stored_for_days
+    finding = only(system, "backups")
+    assert finding.level == "warning"
+    assert finding.what == "there is no backup"
+    made = system.bitten("backup")
+    assert made.returncode == 0, made.stderr
+    assert findings(system, "backups") == []
+    assert only(system, "backups", later_s=10 * DAY_S).what == "the newest backup is 10 days old"
+
+
+def test_backup_by_the_clock_that_did_not_come_is_a_warning(stored_for_days: System) -> None:
+    system = stored_for_days
+    assert system.bitten("backup").returncode == 0
+    system.environ["BITTEN_BACKUP_INTERVAL_S"] = "3600"
+    assert findings(system, "backups", later_s=HOUR_S) == []
+    assert only(system, "backups", later_s=3 * HOUR_S).what == "the newest backup is 3 hours old"
+
+
+@pytest.fixture
+def stored_for_days(system: System) -> System:
+    """A home with a journal, and events of the last three days in its database."""
+    system.start_bus()
+    status = system.status()
+    assert status is not None
+    store(system, [(time.time() - 3 * DAY_S, event("bot"))], status["journal_id"])
+    return system

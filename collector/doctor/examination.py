@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from collector.doctor import (
+    backups,
     bus,
     consumers,
     disk,
@@ -54,6 +55,7 @@ CHECKS: dict[str, Check] = {
     "file-system": disk.file_system,
     "rights": home.rights,
     "leftovers": home.leftovers,
+    "backups": backups.newest,
     "exposure": security.exposure,
     "timestamps": times.timestamps,
     "clock-steps": times.steps,
