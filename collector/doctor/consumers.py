@@ -96,7 +96,6 @@ def judge_lag(lag: Lag, context: Context) -> Finding:
             remedy="look again in a minute: if it grows, see what the process waits for",
             command=f"{context.bitten} status",
         )
-    url = context.settings.ingress_url
     if name == CONSUMER:
         return fault(
             f"{far}, and has not asked since {moment(lag.last_seen)}",
@@ -105,7 +104,9 @@ def judge_lag(lag: Lag, context: Context) -> Finding:
             command=f"{context.bitten} collect",
         )
     forget = (
-        f"from event_bus.protocol import Client; c = Client({url!r}); "
+        "from event_bus.protocol import Client; from event_bus.settings import Settings; "
+        f"c = Client(Settings.load(home={str(context.settings.home)!r},"
+        f" ingress_url={context.settings.ingress_url!r})); "
         f"print(c.receive(c.send(b'forget', {name!r}.encode()), 2))"
     )
     return warning(
