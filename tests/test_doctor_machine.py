@@ -18,7 +18,7 @@ from conftest import System
 from disks import small_disk
 from doctors import findings, only
 
-from collector.doctor import disk, machine, pm2, security
+from collector.doctor import disk, machine, pm2
 from collector.doctor.disk import Growth, days_left
 from collector.doctor.processes import Process
 from collector.store import Store
@@ -139,24 +139,6 @@ def test_descriptors_are_judged_by_share_and_limit() -> None:
         return machine.judge_descriptors(facts).level
 
     assert [level(10, 1_024), level(10, 128), level(900, 1_024)] == ["ok", "warning", "fault"]
-
-
-@pytest.mark.parametrize(
-    ("url", "is_local"),
-    [
-        ("tcp://127.0.0.1:5571", True),
-        ("tcp://127.9.9.9:5571", True),
-        ("tcp://[::1]:5571", True),
-        ("tcp://localhost:5571", True),
-        ("ipc:///run/bus", True),
-        ("tcp://*:5571", False),
-        ("tcp://0.0.0.0:5571", False),
-        ("tcp://eth0:5571", False),
-        ("tcp://10.0.0.7:5571", False),
-    ],
-)
-def test_addresses_that_others_reach_are_told_apart(url: str, *, is_local: bool) -> None:
-    assert security.is_local(url) == is_local
 
 
 def test_port_open_to_others_without_keys_is_a_fault(system: System) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterator
 from pathlib import Path
 
 from collector.doctor.context import Context
 from collector.doctor.finding import Finding, fault, ok
+from event_bus.ports import is_loopback
 
 
 def exposure(context: Context) -> Iterator[Finding]:
@@ -16,21 +16,10 @@ def exposure(context: Context) -> Iterator[Finding]:
     if context.status is not None:
         urls |= {context.status["ingress_url"], context.status["events_url"]}
     yield judge_exposure(
-        sorted(url for url in urls if not is_local(url)),
+        sorted(url for url in urls if not is_loopback(url)),
         keys=settings.home / "keys",
         bitten=context.bitten,
     )
-
-
-def is_local(url: str) -> bool:
-    """True if only this machine can reach the address."""
-    if url.startswith("ipc://"):
-        return True
-    host = url.removeprefix("tcp://").rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name, an interface, or * for all of them
-        return host == "localhost"
 
 
 def judge_exposure(open_urls: list[str], *, keys: Path, bitten: str) -> Finding:
