@@ -89,15 +89,17 @@ def _fill(part: Path, settings: Settings, made_at: float) -> Manifest:
         make_directory(target.parent)
         copy_file(source, target)
     copied = sorted(path for path in part.rglob("*") if path.is_file())
+    stored = database_facts(part / m.DATABASE, settings.db) if m.DATABASE in sources else None
+    stored_seq = stored.last_seq if stored is not None else 0
     manifest = Manifest(
         version=__version__,
         made_at=made_at,
         home=str(settings.home),
-        database=(
-            database_facts(part / m.DATABASE, settings.db) if m.DATABASE in sources else None
-        ),
+        database=stored,
         journal=(
-            journal_facts(part / m.JOURNAL, settings.journal) if m.JOURNAL in sources else None
+            journal_facts(part / m.JOURNAL, settings.journal, stored_seq=stored_seq)
+            if m.JOURNAL in sources
+            else None
         ),
         files={str(path.relative_to(part)): File.of(path) for path in copied},
     )

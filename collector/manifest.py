@@ -50,12 +50,14 @@ class DatabaseFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class JournalFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """The journal holds `events` from `first_seq` to `last_seq`."""
+    """The journal goes from `first_seq` to `last_seq` and holds `events` of them; `lost` more are
+    damaged, which the database has or the bus has recorded as lost."""
 
     journal_id: str
     first_seq: int
     last_seq: int
     events: int
+    lost: int
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,12 +82,16 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return max(part.last_seq for part in (self.database, self.journal) if part is not None)
 
     @property
+    def stored_seq(self) -> int:
+        """The last event that the database has dealt with."""
+        return self.database.last_seq if self.database is not None else 0
+
+    @property
     def missing(self) -> tuple[int, int] | None:
         """The first and last seq that neither the database has nor, any more, the journal."""
         if self.journal is None:
             return None
-        stored = self.database.last_seq if self.database is not None else 0
-        first, last = stored + 1, self.journal.first_seq - 1
+        first, last = self.stored_seq + 1, self.journal.first_seq - 1
         return (first, last) if first <= last else None
 
     def write(self, folder: Path) -> None:

@@ -11,6 +11,7 @@ import apsw
 
 from collector import manifest as m
 from collector.backup import copy_file, make_directory, sync
+from collector.data_collector import CONSUMER
 from collector.manifest import Manifest
 from collector.verify import database_facts, journal_facts
 from event_bus import database
@@ -110,11 +111,18 @@ def _prepare(
         if journal_id is not None:
             table = "_meta" if name == m.DATABASE else "meta"
             db.execute(f"UPDATE {table} SET value = ? WHERE key = 'journal_id'", (journal_id,))
+        if name == m.JOURNAL:
+            # It was copied after the database, and may be older than a bus keeps events: without
+            # this the bus would trim, at its start, what the restored database does not have.
+            db.execute(
+                "INSERT OR REPLACE INTO consumer VALUES (?,?,?)",
+                (CONSUMER, manifest.stored_seq + 1, manifest.made_at),
+            )
         db.execute("PRAGMA journal_mode=WAL")
     if name == m.DATABASE:
         database_facts(path, backup / name)
     else:
-        journal_facts(path, backup / name)
+        journal_facts(path, backup / name, stored_seq=manifest.stored_seq)
     # Reading made these; nothing is in them.
     for suffix in ("-wal", "-shm"):
         Path(f"{path}{suffix}").unlink(missing_ok=True)

@@ -41,51 +41,54 @@ def database_facts(path: Path, source: Path) -> DatabaseFacts:
         )
 
 
-def journal_facts(path: Path, source: Path) -> JournalFacts:
-    """Of a copy of `source`, which errors name. Raises BackupError if anything is damaged."""
+def journal_facts(path: Path, source: Path, *, stored_seq: int) -> JournalFacts:
+    """Of a copy of `source`, which errors name, beside a database that goes to `stored_seq`.
+
+    Raises BackupError if it is damaged: the file, or a batch that the database does not have
+    either and that is not recorded as lost.
+    """
     with _checked(path, source) as db:
         if db.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
             raise BackupError(f"{source} is not a journal of this bus", hint="move it aside")
         meta: dict[Any, Any] = dict(db.execute("SELECT key, value FROM meta"))
         first_seq = next_seq = meta["trimmed_seq"] + 1
-        events = 0
-        lost = _lost_ranges(db)
+        events = damaged_end = 0
+        excused = [(1, stored_seq), *_recorded(db)]
         for seq, count, received_at, crc, body in db.execute(
-            "SELECT * FROM batch ORDER BY first_seq"
+            "SELECT first_seq, count, received_at, crc32, body FROM batch ORDER BY first_seq"
         ):
-            next_seq = _after_lost(lost, next_seq, seq)
-            whole = is_intact(seq, count, received_at, crc, body)
-            if not whole and _after_lost(lost, seq, seq + 1) > seq:
-                continue  # the bus has named it: kept as it is, and never served
-            if seq != next_seq or not whole:
-                raise damaged(source, f"its events at seq {min(seq, next_seq)} (CRC-32)")
-            next_seq += count
+            if not is_intact(seq, count, received_at, crc, body):
+                damaged_end = max(damaged_end, seq + count - 1)
+                continue
+            _excuse(source, next_seq, seq - 1, excused)
+            next_seq = seq + count
             events += count
-        next_seq = max([next_seq, *(last + 1 for _, last in lost)])
+        _excuse(source, next_seq, damaged_end, excused)
+        last_seq = max([next_seq - 1, damaged_end, *(end for _, end in excused[1:])])
         return JournalFacts(
             journal_id=meta["journal_id"],
             first_seq=first_seq,
-            last_seq=next_seq - 1,
+            last_seq=last_seq,
             events=events,
+            lost=last_seq - first_seq + 1 - events,
         )
 
 
-def _lost_ranges(db: apsw.Connection) -> list[tuple[int, int]]:
-    """Ranges that the journal itself says it has lost; early ones have no such table."""
+def _recorded(db: apsw.Connection) -> list[tuple[int, int]]:
+    """Ranges that the bus itself knows to be lost."""
     if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'lost_range'").fetchone():
         return []
-    rows: list[Any] = db.execute(
-        "SELECT first_seq, last_seq FROM lost_range WHERE last_seq NOT NULL ORDER BY first_seq"
-    ).fetchall()
-    return rows
+    rows: Any = db.execute("SELECT first_seq, coalesce(last_seq, first_seq - 1) FROM lost_range")
+    return list(rows)
 
 
-def _after_lost(lost: list[tuple[int, int]], seq: int, until: int) -> int:
-    """The first seq from `seq` on, before `until`, that is not in a lost range."""
-    for first, last in lost:
-        if first <= seq <= last and seq < until:
-            seq = last + 1
-    return seq
+def _excuse(source: Path, first: int, last: int, excused: list[tuple[int, int]]) -> None:
+    """Raise BackupError unless every seq from first to last is in one of the ranges."""
+    for a, b in sorted(excused):
+        if a <= first:
+            first = max(first, b + 1)
+    if first <= last:
+        raise damaged(source, f"its events from seq {first} on (CRC-32)")
 
 
 def damaged(source: Path, what: object) -> BackupError:

@@ -64,6 +64,11 @@ def publish(system: System, first: int, count: int) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def codes(system: System) -> set[str]:
+    status = system.status() or {"problems": []}
+    return {problem["code"] for problem in status["problems"]}
+
+
 def make(system: System, *argv: str) -> dict[str, Any]:
     done = system.bitten("backup", "--json", *argv)
     assert done.returncode == 0, done.stderr
@@ -89,6 +94,14 @@ def in_journal(path: Path) -> tuple[int, int]:
     return rows[0][0], rows[-1][0] + rows[-1][1] - 1
 
 
+def in_wal_mode(path: Path) -> bool:
+    db = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    try:
+        return bool(db.execute("PRAGMA journal_mode").fetchone() == ("wal",))
+    finally:
+        db.close()
+
+
 def names(folder: Path) -> list[str]:
     """What lies in a directory of backups, its lock left out."""
     return sorted(p.name for p in folder.iterdir() if p.name != ".lock") if folder.exists() else []
@@ -108,6 +121,7 @@ def test_backup_under_load_is_restored_and_goes_on_in_an_empty_home(
     assert "start bus and collector" in shown.stdout
     last_seq = in_journal(other.settings.journal)[1]
     assert last_seq == made["manifest"]["journal"]["last_seq"]
+    assert in_wal_mode(other.db) and in_wal_mode(other.settings.journal)
     other.start_bus()
     other.start_collector()
     publish(other, 3_000, 500)
@@ -251,7 +265,62 @@ def test_backup_that_was_changed_is_not_restored(running: System, other: System,
     assert not list(other.home.glob("*.restoring"))
 
 
-@pytest.mark.parametrize("damage", ["database", "journal", "batch", "no database at all"])
+def test_bus_does_not_trim_old_events_that_the_restored_database_lacks(
+    bus: System, other: System
+) -> None:
+    publish(bus, 0, 500)
+    made = make(bus)
+    assert made["manifest"]["database"] is None
+    assert other.bitten("restore", made["path"]).returncode == 0
+    other.environ["BITTEN_JOURNAL_MAX_AGE_S"] = "1"
+    other.start_bus()
+    wait_until(lambda: codes(other) & {"journal_held"}, "the bus would trim and is held")
+    other.start_collector()
+    wait_until(lambda: volumes(other, "P") == list(range(500)) if other.stored() else False, "all")
+
+
+def damage_batch(system: System, holding: int) -> int:
+    """Change the body of the batch that holds that seq; its first seq."""
+    db = sqlite3.connect(system.settings.journal)
+    ((seq,),) = db.execute("SELECT max(first_seq) FROM batch WHERE first_seq <= ?", (holding,))
+    db.execute(
+        "UPDATE batch SET body = CAST(replace(body, 'bid', 'bud') AS BLOB) WHERE first_seq = ?",
+        (seq,),
+    )
+    db.commit()
+    db.close()
+    return int(seq)
+
+
+def test_damaged_batch_that_the_database_has_does_not_stand_in_the_way(
+    running: System, other: System
+) -> None:
+    publish(running, 0, 5_000)
+    running.wait_stored()
+    for process in running.processes[:2]:
+        process.terminate()
+        process.wait()
+    damage_batch(running, 2_000)
+    done = running.bitten("backup")
+    assert done.returncode == 0, done.stderr
+    assert "damaged there, in the database or recorded as lost" in done.stdout
+    (name,) = names(running.home / "backup")
+    assert other.bitten("restore", str(running.home / "backup" / name)).returncode == 0
+    assert volumes(other, "P") == list(range(5_000))
+
+
+def test_damaged_batch_that_the_database_lacks_makes_no_backup(bus: System) -> None:
+    publish(bus, 0, 5_000)
+    bus.processes[0].terminate()
+    bus.processes[0].wait()
+    seq = damage_batch(bus, 2_000)
+    failed = bus.bitten("backup")
+    assert failed.returncode == 4
+    assert f"is damaged: its events from seq {seq} on (CRC-32)" in failed.stderr
+    assert names(bus.home / "backup") == []
+
+
+@pytest.mark.parametrize("damage", ["database", "journal", "no database at all"])
 def test_damaged_source_makes_no_backup_and_removes_none(system: System, damage: str) -> None:
     bus = system.start_bus()
     collector = system.start_collector()
@@ -261,13 +330,8 @@ def test_damaged_source_makes_no_backup_and_removes_none(system: System, damage:
     for process in (bus, collector):
         process.terminate()
         process.wait()
-    path = system.settings.journal if damage in ("journal", "batch") else system.db
-    if damage == "batch":
-        db = sqlite3.connect(path)
-        db.execute("UPDATE batch SET body = CAST(replace(body, 'bid', 'bud') AS BLOB)")
-        db.commit()
-        db.close()
-    elif damage == "no database at all":
+    path = system.settings.journal if damage == "journal" else system.db
+    if damage == "no database at all":
         path.write_bytes(b"no database at all" * 1_000)
     else:
         with path.open("r+b") as file:
