@@ -119,5 +119,8 @@ def _account(made: Backup) -> str:
             text += f" ({database.gaps + database.holes} missing, see `bitten audit`)"
         parts.append(text)
     if journal is not None:
-        parts.append(f"journal integrity and CRC-32, seq {journal.first_seq} to {journal.last_seq}")
+        text = f"journal integrity and CRC-32, seq {journal.first_seq} to {journal.last_seq}"
+        if journal.lost:
+            text += f" ({journal.lost} damaged there, in the database or recorded as lost)"
+        parts.append(text)
     return "; ".join([*parts, f"SHA-256 of {len(made.manifest.files)} files"])

@@ -11,7 +11,7 @@ import apsw
 
 from collector import manifest as m
 from collector.backup import copy_file, make_directory, sync
-from collector.data_collector import CONSUMER
+from collector.consumer import CONSUMER
 from collector.manifest import Manifest
 from collector.verify import database_facts, journal_facts
 from event_bus import database
