@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from collector import aside
+from collector.backup_schedule import BackupSchedule
 from collector.keeper import ALARM_S, RETRY_S, Keeper, Renewed, Stopped
 from collector.store import Store
 from event_bus import protocol
@@ -45,6 +46,7 @@ class Consumer:
         client: Client,
         keeper: Keeper,
         registry: Registry,
+        backups: BackupSchedule,
         stop: threading.Event,
         on_stored: Callable[[int], None],
     ) -> None:
@@ -52,6 +54,7 @@ class Consumer:
         self._client = client
         self._keeper = keeper
         self._registry = registry
+        self._backups = backups
         self._stop = stop
         self._on_stored = on_stored
         self._journal_id: str | None = None
@@ -112,6 +115,7 @@ class Consumer:
         cursor = Cursor(next_seq=last_seq + 1, consumer=CONSUMER, wait_ms=POLL_MS)
         request = self._ask(cursor)
         while not self._stop.is_set():
+            self._backups.turn(time.monotonic())
             keeper.look(max(0, cursor.last_seq - last_seq))
             batches = self._receive(request, cursor)
             # Asked for before this batch is stored: the broker reads while we write.
@@ -124,7 +128,7 @@ class Consumer:
                 last_seq = batches[-1].first_seq + len(batches[-1].events) - 1
 
     def _ask(self, cursor: Cursor) -> bytes:
-        cursor.problem = self._keeper.problem
+        cursor.problem = self._keeper.problem or self._backups.problem
         return self._client.send(protocol.FETCH, cursor.request())
 
     def _receive(self, request: bytes, cursor: Cursor) -> list[Batch]:

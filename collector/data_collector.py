@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from collector.backup_schedule import BackupSchedule
 from collector.consumer import CONSUMER, Consumer
 from collector.keeper import Keeper, Stopped
 from collector.reader import Reader
@@ -125,11 +126,14 @@ class DataCollector:
             closing.callback(keeper.close)
             client = Client(settings, interrupt_fd=wake.fileno())
             closing.callback(client.close)
+            backups = BackupSchedule(settings)
+            closing.callback(backups.close)
             consumer = Consumer(
                 settings,
                 client=client,
                 keeper=keeper,
                 registry=registry,
+                backups=backups,
                 stop=self._stop,
                 on_stored=self._count,
             )

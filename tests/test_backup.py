@@ -422,6 +422,31 @@ def test_oldest_backups_go_and_the_newest_stay(running: System, tmp_path: Path) 
     assert len(names(tmp_path / "to")) == 3
 
 
+def test_collector_makes_backups_by_the_clock_and_tells_the_bus_if_it_cannot(
+    system: System,
+) -> None:
+    system.environ |= {"BITTEN_BACKUP_INTERVAL_S": "1", "BITTEN_BACKUP_KEEP": "2"}
+    folder = system.home / "backup"
+    system.home.mkdir()
+    folder.write_text("in the way")
+    system.start_bus()
+    collector = system.start_collector()
+
+    def said() -> str:
+        consumers = (system.status() or {"consumers": {}})["consumers"]
+        return str(consumers.get("data_collector", {}).get("problem"))
+
+    wait_until(lambda: "cannot make a backup in" in said(), "the bus knows of the problem")
+    wait_until(lambda: "consumer_problem" in codes(system), "and its health says so")
+    folder.unlink()
+    wait_until(lambda: len([n for n in names(folder) if n.endswith("Z")]) == 2, "two are made")
+    wait_until(lambda: said() == "", "the problem is over")
+    publish(system, 0, 100)
+    assert system.wait_stored() >= 100
+    collector.terminate()
+    assert collector.wait(10) == 0
+
+
 class TestSchedule:
     @pytest.fixture
     def settings(self, running: System) -> Settings:
