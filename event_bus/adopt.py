@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -13,6 +14,9 @@ from event_bus.spool import open_locked
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
+_NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
+"""Too many connections: that passes, and the broker goes on meanwhile."""
+
 STALE_AFTER_S = 60.0
 """Age of a half-made copy; its owner locks it a moment after it has made it."""
 
@@ -39,6 +43,13 @@ class SpoolAdopter:
         """Take hold of one spool file whose process is gone, if there is one."""
         if self._fd >= 0:
             return
+        try:
+            self._look()
+        except OSError as e:
+            if e.errno not in _NO_DESCRIPTOR:
+                raise
+
+    def _look(self) -> None:
         self._remove_half_made_copies()
         for path in sorted(self._directory.glob("*.ndjson")):
             if path in self._left:
@@ -48,6 +59,8 @@ class SpoolAdopter:
             except (FileNotFoundError, BlockingIOError):
                 continue  # delivered meanwhile, or its process is alive and delivers it
             except OSError as e:
+                if e.errno in _NO_DESCRIPTOR:
+                    raise
                 self._leave(path, e)
                 continue
             if os.fstat(fd).st_size:

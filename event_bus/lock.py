@@ -19,7 +19,10 @@ class FileLock:
 
     def __init__(self, path: Path, what: str) -> None:
         try:
+            is_new = not path.exists()
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            if is_new:
+                os.fchmod(self._fd, 0o600)  # whatever the umask
         except OSError as e:
             raise StartError(
                 f"cannot open {path}: {e.strerror}", hint="make the directory writable"

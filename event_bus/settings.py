@@ -135,8 +135,10 @@ class Settings:
     def make_home(self) -> None:
         """Create the home directory, readable by its owner only. Raises SettingsError."""
         try:
-            self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.spool.mkdir(mode=0o700, exist_ok=True)
+            for directory in (self.home, self.spool):
+                if not directory.exists():
+                    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    directory.chmod(0o700)  # whatever the umask
         except OSError as e:
             raise SettingsError(
                 f"cannot create {e.filename or self.home}: {e.strerror}",

@@ -92,6 +92,7 @@ class Spool:
         """A file of what is not delivered, locked before it has the name the broker looks for."""
         new = self.path.with_suffix(".new")
         fd = open_locked(new, os.O_CREAT | os.O_TRUNC)
+        os.fchmod(fd, 0o600)  # whatever the umask
         try:
             for offset in range(self._delivered, self._size, _COPY_BYTES):
                 chunk = os.pread(self._fd, min(_COPY_BYTES, self._size - offset), offset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -47,6 +48,8 @@ class BrokerStatus:
         self._latest = clock()
         self._process = psutil.Process()
         self._process.cpu_percent()
+        self._last_memory_bytes = 0
+        self._last_cpu_percent = 0.0
 
     def look(self) -> bool:
         """See how things are; True if the state is another one than at the last look."""
@@ -79,7 +82,7 @@ class BrokerStatus:
             **self._counts(),
             "origin_seq": journal.origin_seq,
             "uptime_s": self._uptime_s(),
-            "memory_bytes": self._process.memory_info().rss,
+            "memory_bytes": self._memory_bytes(),
             "journal_bytes": journal.size_bytes(),
             "journal_held_by": self.journal_held_by,
             "consumers": self._consumers.status(),
@@ -100,7 +103,7 @@ class BrokerStatus:
             **self._counts(),
             "uptime": self._uptime_s(),
             "memory_usage": self._memory_mb(),
-            "cpu_usage": self._process.cpu_percent(),
+            "cpu_usage": self._cpu_percent(),
             "consumers": {n: self._consumers.lag(c) for n, c in self._consumers.items()},
         }
         now = self._clock()
@@ -145,8 +148,20 @@ class BrokerStatus:
     def _uptime_s(self) -> float:
         return round(self._monotonic() - self._started, 3)
 
+    # Both open a file: without a free descriptor, what was so last is said again.
+
+    def _memory_bytes(self) -> int:
+        with contextlib.suppress(OSError):
+            self._last_memory_bytes = self._process.memory_info().rss
+        return self._last_memory_bytes
+
+    def _cpu_percent(self) -> float:
+        with contextlib.suppress(OSError):
+            self._last_cpu_percent = self._process.cpu_percent()
+        return self._last_cpu_percent
+
     def _memory_mb(self) -> float:
-        return round(self._process.memory_info().rss / 1e6, 1)
+        return round(self._memory_bytes() / 1e6, 1)
 
 
 def _loss_facts(loss: LostRange) -> LossFacts:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -420,3 +422,48 @@ def test_every_part_of_the_product_connects_with_the_homes_key() -> None:
 def test_home_without_keys_has_a_bus_for_everybody_on_the_machine(bus: System) -> None:
     with contextlib.closing(Client(bus.settings.ingress_url)) as client:
         assert client.status()["state"] == "ok"
+
+
+@pytest.mark.parametrize("umask", [0, 0o777])
+def test_files_of_a_used_home_are_their_owners_alone_whatever_the_umask(
+    system: System, umask: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        assert system.bitten("emit", "user_action", "action=login").returncode == 3
+        spooled = system.script(
+            "from event_bus import event_bridge as b; b.user_action({'action': 'login'})"
+        )
+        assert spooled.returncode == 0
+        assert_private(system)
+        assert system.bitten("keys", "new").returncode == 0
+        system.start_bus()
+        system.start_collector()
+        assert system.wait_stored() >= 2
+        assert system.bitten("backup").returncode == 0
+    finally:
+        os.umask(before)
+    assert_private(system)
+
+
+def assert_private(system: System) -> None:
+    seen = [system.home, *system.home.rglob("*")]
+    assert len(seen) > 2
+    for path in seen:
+        with contextlib.suppress(FileNotFoundError):  # a spool file that was delivered just now
+            mode = stat.S_IMODE(path.stat().st_mode)
+            assert mode == (0o700 if path.is_dir() else 0o600), (path, oct(mode))
+
+
+def test_log_and_errors_show_control_characters_instead_of_sending_them(system: System) -> None:
+    schemas = system.home / "schemas"
+    schemas.mkdir(parents=True)
+    (schemas / "x\x1b[2J\nforged.json").write_text("{}")
+    bus = system.start_bus()
+    bus.terminate()
+    log = bus.communicate()[0]
+    assert "\\x1b[2J\\nforged" in log
+    assert "\x1b" not in log
+    assert not [line for line in log.splitlines() if line.startswith("forged")]
+    done = system.bitten("keys", "revoke", "x\x1b[2J\ny")
+    assert (done.returncode, "\x1b" in done.stderr, done.stderr.count("\n")) == (4, False, 1)

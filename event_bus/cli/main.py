@@ -7,6 +7,7 @@ collector's commands come in without the bus importing the collector.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from importlib.metadata import entry_points
@@ -14,6 +15,7 @@ from typing import Any
 
 import click
 
+from event_bus.cli.escape import printable
 from event_bus.errors import BittenError, SettingsError
 from event_bus.settings import Settings
 from event_bus.version import __version__
@@ -57,20 +59,29 @@ def cli(ctx: click.Context, /, debug: bool, **flags: Any) -> None:
     bitten audit                     is anything lost?
     bitten demo                      see it work on real candles
     """
+    os.umask(0o077)  # whatever a command makes is its owner's alone
     try:
         ctx.obj = Settings.load(**flags)
     except SettingsError as e:
         if ctx.invoked_subcommand != "doctor":
             raise
         ctx.obj = e  # it says so among what it finds
-    logging.Formatter.converter = time.gmtime
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.INFO,
-        format="%(asctime)sZ %(levelname)s %(name)s: %(message)s",
-        datefmt="%Y-%m-%dT%H:%M:%S",
-        stream=sys.stderr,
-        force=True,
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        _Escaping("%(asctime)sZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
     )
+    level = logging.DEBUG if debug else logging.INFO
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+class _Escaping(logging.Formatter):
+    """Times in UTC; what a log line quotes cannot write to the terminal or begin a line."""
+
+    converter = staticmethod(time.gmtime)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
 
 
 def main() -> None:
@@ -81,7 +92,7 @@ def main() -> None:
     except BittenError as e:
         if debug:
             raise
-        click.echo(f"bitten: {e}", err=True)
+        click.echo(f"bitten: {printable(str(e))}", err=True)
         code = e.exit_code
     except click.ClickException as e:
         e.show()

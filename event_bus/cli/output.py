@@ -15,19 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+from event_bus.cli.escape import printable
+
+__all__ = ["When", "clock", "print_csv", "print_json", "print_table", "printable"]
+
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
 _UNIT_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
-
-
-def printable(value: Any) -> str:
-    """A value as text on one line: control and direction characters shown as escapes."""
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "backslashreplace")
-    elif isinstance(value, dict | list):
-        value = msgspec.json.encode(value).decode()
-    text = "" if value is None else str(value)
-    return _CONTROL.sub(lambda m: m[0].encode("unicode_escape").decode(), text)
 
 
 def clock(timestamp: float, *, date: bool = True) -> str:

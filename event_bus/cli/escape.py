@@ -1,0 +1,20 @@
+"""Text that cannot harm a terminal."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(value: Any) -> str:
+    """A value as text on one line: control and direction characters shown as escapes."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "backslashreplace")
+    elif isinstance(value, dict | list):
+        value = msgspec.json.encode(value).decode()
+    text = "" if value is None else str(value)
+    return _CONTROL.sub(lambda m: m[0].encode("unicode_escape").decode(), text)

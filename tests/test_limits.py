@@ -1,0 +1,167 @@
+"""What strangers may cost the bus: sizes, subscriptions, connections, silence."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+import zmq
+from conftest import System, wait_until
+
+from event_bus.live import MAX_SUBSCRIPTIONS
+from event_bus.protocol import Client
+
+FRAME_BYTES = 100 << 20
+GROWTH_BYTES = 5 << 20
+SILENT = 300
+
+
+Opens = Callable[[int], zmq.Socket[Any]]
+
+
+@pytest.fixture
+def opens() -> Iterator[Opens]:
+    """Makes sockets that are closed after the test."""
+    with contextlib.ExitStack() as closing:
+
+        def make(kind: int) -> zmq.Socket[Any]:
+            made: zmq.Socket[Any] = closing.enter_context(zmq.Context.instance().socket(kind))
+            made.linger = 0
+            return made
+
+        yield make
+
+
+@pytest.fixture
+def old_client(bus: System) -> Iterator[Client]:
+    with contextlib.closing(Client(bus.settings)) as client:
+        yield client
+
+
+def port(url: str) -> int:
+    found = urlsplit(url).port
+    assert found is not None
+    return found
+
+
+def publish(client: Client) -> bool:
+    event = {"event_id": f"e-{time.monotonic_ns()}", "event_type": "user_action"}
+    fields = {"timestamp": time.time(), "data": {"action": "login"}}
+    return bool(client.publish(json.dumps(event | fields).encode() + b"\n", 20)["accepted"])
+
+
+def memory(bus: System) -> int:
+    return int(psutil.Process(bus.processes[0].pid).memory_info().rss)
+
+
+@pytest.mark.parametrize("url", ["BITTEN_INGRESS_URL", "BITTEN_EVENTS_URL"])
+def test_huge_frame_is_cut_before_it_is_read(bus: System, old_client: Client, url: str) -> None:
+    before = memory(bus)
+    # The greeting and READY of a client without keys, then a message of 100 MB in one frame.
+    ready = b"\x05READY" + b"\x0bSocket-Type" + (6).to_bytes(4) + b"DEALER"
+    if url == "BITTEN_EVENTS_URL":
+        ready = b"\x05READY" + b"\x0bSocket-Type" + (3).to_bytes(4) + b"SUB"
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + bytes(32)
+    chunk = bytes(1 << 20)
+    sent = 0
+    with socket.create_connection(("127.0.0.1", port(bus.environ[url])), 20) as peer:
+        peer.sendall(greeting + b"\x04" + bytes([len(ready)]) + ready)
+        peer.sendall(b"\x02" + FRAME_BYTES.to_bytes(8))
+        with contextlib.suppress(ConnectionError):
+            while sent < FRAME_BYTES:
+                peer.sendall(chunk)
+                sent += len(chunk)
+    assert sent < FRAME_BYTES
+    assert publish(old_client)
+    assert memory(bus) - before < GROWTH_BYTES
+
+
+def test_flood_of_subscriptions_ends_and_honest_subscribers_come_back(
+    bus: System, old_client: Client, opens: Opens
+) -> None:
+    honest = opens(zmq.SUB)
+    honest.subscribe("bitten.user_action")
+    honest.connect(bus.settings.events_url)
+    flood = opens(zmq.XSUB)
+    flood.sndhwm = 0
+    flood.connect(bus.settings.events_url)
+    before = memory(bus)
+    for n in range(5 * MAX_SUBSCRIPTIONS):
+        flood.send(b"\1bitten.flood.%d" % n)
+    assert publish(old_client)
+    flood.close(0)
+
+    def hears() -> bool:
+        assert publish(old_client)
+        return bool(honest.poll(100))
+
+    wait_until(hears, "live events arrive again", timeout_s=35)
+    assert len(old_client.status()["subscriptions"]) <= MAX_SUBSCRIPTIONS
+    assert memory(bus) - before < 20 * GROWTH_BYTES
+
+
+def test_silent_connections_are_cut_and_nobody_minds_them(bus: System, old_client: Client) -> None:
+    process = psutil.Process(bus.processes[0].pid)
+    before = process.num_fds()
+    with contextlib.ExitStack() as open_ones:
+        for n in range(SILENT):
+            url = bus.settings.events_url if n % 2 else bus.settings.ingress_url
+            peer = socket.create_connection(("127.0.0.1", port(url)), 5)
+            open_ones.enter_context(peer)
+        assert publish(old_client)
+        wait_until(lambda: process.num_fds() <= before + 5, "they are cut", timeout_s=35)
+    assert publish(old_client)
+
+
+def test_bus_without_descriptors_left_goes_on_and_recovers(bus: System, old_client: Client) -> None:
+    process = psutil.Process(bus.processes[0].pid)
+    limits = process.rlimit(resource.RLIMIT_NOFILE)
+    process.rlimit(resource.RLIMIT_NOFILE, (process.num_fds() + 5, limits[1]))
+    with contextlib.ExitStack() as open_ones:
+        for _ in range(40):
+            peer = socket.create_connection(("127.0.0.1", port(bus.settings.ingress_url)), 5)
+            open_ones.enter_context(peer)
+        end = time.monotonic() + 3.0  # heartbeats and housekeeping come by in this time
+        while time.monotonic() < end:
+            assert publish(old_client)
+        assert process.is_running()
+    with contextlib.closing(Client(bus.settings)) as new:
+        wait_until(lambda: new.status(5)["state"] == "ok", "a new client", timeout_s=35)
+    assert bus.processes[0].poll() is None
+
+
+def test_random_bytes_do_no_harm(bus: System, old_client: Client) -> None:
+    for n in range(60):
+        url = bus.settings.events_url if n % 2 else bus.settings.ingress_url
+        peer = socket.create_connection(("127.0.0.1", port(url)), 5)
+        with peer, contextlib.suppress(ConnectionError):
+            peer.sendall(os.urandom(20_000))
+    assert publish(old_client)
+    assert old_client.status()["state"] == "ok"
+
+
+def test_nobody_takes_over_the_answers_of_a_client_by_choosing_its_name(
+    bus: System, opens: Opens
+) -> None:
+    victim, thief = sockets = opens(zmq.DEALER), opens(zmq.DEALER)
+    for dealer in sockets:
+        dealer.routing_id = b"victim"
+        dealer.connect(bus.settings.ingress_url)
+        if dealer is victim:
+            dealer.send_multipart([b"status", b"1"])
+            assert dealer.poll(20_000)
+            assert dealer.recv_multipart()[1] == b"1"
+    thief.send_multipart([b"status", b"thief"])
+    victim.send_multipart([b"status", b"2"])
+    assert victim.poll(20_000)
+    assert victim.recv_multipart()[1] == b"2"
+    assert not thief.poll(200)
