@@ -135,7 +135,7 @@ class Broker:
             with self._watchdog:
                 self._serve()
         except JournalDamaged as e:
-            mark_damaged(self.settings.journal, str(e))
+            mark_damaged(self.settings.journal, str(e.args[0]))
             raise
         finally:
             self.close()

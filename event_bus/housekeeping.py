@@ -146,7 +146,7 @@ class Housekeeping:
             max_bytes=self._settings.journal_max_bytes,
         )
         stored, name = self._consumers.slowest() or (before, "")
-        held_by = name if stored < before else None
+        held_by = name if max(stored, self._journal.first_seq) < before else None
         if held_by and held_by != self._status.journal_held_by:
             log.warning(
                 "journal kept from %d on, past its limits: consumer %s has not stored it",

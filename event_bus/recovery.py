@@ -39,14 +39,14 @@ def open_journal(path: Path, db: Path, clock: Callable[[], float] = time.time) -
     Raises JournalError.
     """
     try:
-        _finish(path, "replaced", clock)
+        _finish(path, _aside(path, "replaced", clock))
         reason = _marked(path) or _missing(path, db)
         if reason is None:
             fresh = not path.exists() or path.stat().st_size == 0
             try:
                 return Journal(path, create=fresh or _last_stored(db)[0] == 0)
             except JournalDamaged as e:
-                reason = str(e)
+                reason = str(e.args[0])  # without the hint: this is the next start
         log.error("recovering the journal: %s", reason)
         try:
             aside = _rebuild(path, db, reason, clock)
@@ -84,7 +84,7 @@ def put_back(journal: Journal, clock: Callable[[], float], on_progress: Callable
             _remove(new)  # half a copy would only fill the disk
             raise
         _seal(new, journal.path)
-        journal.reopen(lambda: _finish(journal.path, "replaced", clock))
+        journal.reopen(lambda: _finish(journal.path, _aside(journal.path, "replaced", clock)))
     except OSError as e:
         raise JournalFailed(f"cannot put {journal.path} back: {e.strerror}") from e
 
@@ -151,7 +151,7 @@ def _rebuild(path: Path, db: Path, reason: str, clock: Callable[[], float]) -> P
                 {n: c for n, c in carved.consumers.items() if 0 < c[0] <= journal.last_seq + 1}
             )
     _seal(new, path)
-    _finish(path, "corrupt", clock)
+    _finish(path, aside)
     _marker(path).unlink(missing_ok=True)
     log.warning("recovered %d batches; the damaged file is %s", len(carved.batches), aside)
     return aside
@@ -242,12 +242,11 @@ def _seal(new: Path, path: Path) -> None:
     _sync_directory(path.parent)
 
 
-def _finish(path: Path, label: str, clock: Callable[[], float]) -> None:
-    """Put a sealed journal in its place; what stands there is renamed."""
+def _finish(path: Path, aside: Path) -> None:
+    """Put a sealed journal in its place; what stands there is renamed to `aside`."""
     recovered = path.with_suffix(".recovered")
     if not recovered.exists():
         return
-    aside = _aside(path, label, clock)
     for suffix in ("", "-wal", "-shm"):
         old = Path(f"{path}{suffix}")
         if old.exists():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from disks import small_disk
@@ -74,8 +74,10 @@ def path(home: Path) -> Path:
     return home / "journal.db"
 
 
-def recovered(path: Path, **kwargs: Any) -> Journal:
-    return open_journal(path, path.with_name("bitten_events.db"), lambda: 1_769_860_800.0)
+def recovered(path: Path) -> Journal:
+    """Opened with a clock that shows the same moment for a while, and the next one after it."""
+    moments = itertools.chain([1_769_860_800.0] * 2, itertools.repeat(1_769_860_801.0))
+    return open_journal(path, path.with_name("bitten_events.db"), lambda: next(moments))
 
 
 @pytest.fixture
@@ -205,6 +207,7 @@ def test_journal_with_its_first_pages_destroyed_gives_back_the_rest(
     assert aside.name == "journal.db.corrupt-20260131T120000Z"
     assert aside.stat().st_size >= destroyed * PAGE_BYTES
     assert aside.name in journal.recovered
+    assert "the next start" not in journal.recovered
     if destroyed == 1:
         assert journal.journal_id == identity
         assert journal.losses == []
