@@ -478,3 +478,15 @@ def test_file_size_limit_is_waited_for_like_a_full_disk(collected: System) -> No
     resource.prlimit(limited.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     assert_database_is_the_journal(collected)
     assert limited.poll() is None
+
+
+def test_damage_is_found_though_nothing_is_written(collected: System) -> None:
+    publish(collected, 5_000)
+    collector = collected.start_collector()
+    collected.wait_stored()
+    stop(collector)  # all of it is in the file, and not beside it
+    collector = collected.start_collector()
+    said(collector, "storing into")
+    overwrite_middle(collected.db)
+    assert "is damaged" in said(collector, "a new one is filled from the journal")
+    assert_database_is_the_journal(collected)
