@@ -24,6 +24,7 @@ ELSEWHERE = {
     "scripts/test": ".ci/run",
     "scripts/install": "test_scripts.py",
     "scripts/bench": ".ci/run",
+    "scripts/drill": ".ci/run",
     "scripts/fuzz": ".ci/run",
     "pm2 start": "test_pm2.py",
     "pm2 restart": "test_pm2.py",

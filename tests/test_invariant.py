@@ -1,0 +1,156 @@
+"""The drills' checker sees each way in which an event can be lost, repeated or changed."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from conftest import System
+from invariant import Verdict, check
+from record import Record, RecordWriter
+
+EVENTS = 10
+PUBLISH = f"""
+from event_bus import event_bridge
+for n in range({EVENTS}):
+    event_id = event_bridge.user_action(
+        {{"action": "x"}}, source="drill", causation_id=str(n))
+assert event_bridge.flush(10)
+print(event_id)
+"""
+
+
+class Finished:
+    """A system in which a publisher has published and everything has ended."""
+
+    def __init__(self, system: System, directory: Path) -> None:
+        self.settings = system.settings
+        bus, collector = system.start_bus(), system.start_collector()
+        done = system.script(PUBLISH)
+        assert done.returncode == 0, done.stderr
+        system.wait_stored()
+        for daemon in (collector, bus):
+            daemon.terminate()
+            assert daemon.wait(10) == 0
+        self.path = directory / "record"
+        self.record = RecordWriter(self.path)
+        self.record.name(done.stdout[:20])
+        for field in ("attempted", "returned", "acked"):
+            self.record[field] = EVENTS
+        self.record["finished"] = self.record["flushed"] = 1
+
+    def check(self, *lost: tuple[int, int]) -> Verdict:
+        settings = self.settings
+        return check(
+            journal=settings.journal,
+            db=settings.db,
+            spool=settings.spool,
+            records=[Record(self.path)],
+            lost=lost,
+        )
+
+    def in_database(self, sql: str) -> None:
+        with closing(sqlite3.connect(self.settings.db)) as db, db:
+            db.execute(sql)
+
+    def in_journal(self, sql: str) -> None:
+        with closing(sqlite3.connect(self.settings.journal)) as db, db:
+            db.execute(sql)
+
+
+@pytest.fixture
+def finished(system: System, tmp_path: Path) -> Finished:
+    return Finished(system, tmp_path)
+
+
+def test_what_is_whole_passes_and_is_counted(finished: Finished) -> None:
+    verdict = finished.check()
+    figures = verdict.figures
+    assert not verdict.breaches
+    assert (figures.published, figures.acked, figures.stored) == (EVENTS, EVENTS, EVENTS)
+    assert (figures.waiting, figures.dropped, figures.duplicates, figures.holes) == (0, 0, 0, 0)
+
+
+FAULTS: dict[str, tuple[Callable[[Finished], None], str]] = {
+    "an acknowledged event is missing": (
+        lambda f: f.record.__setitem__("acked", EVENTS + 1),
+        "1 acknowledged events of record are not stored",
+    ),
+    "a published event is nowhere": (
+        lambda f: f.record.__setitem__("returned", EVENTS + 2),
+        "2 are unaccounted for",
+    ),
+    "more is stored than was published": (
+        lambda f: f.record.__setitem__("attempted", EVENTS - 1),
+        "events of record are stored, it published 9",
+    ),
+    "a row is gone": (
+        lambda f: f.in_database("DELETE FROM _event WHERE n = 5"),
+        "1 seqs are missing in the database",
+    ),
+    "the last row is gone": (
+        lambda f: f.in_database("DELETE FROM _event WHERE n = 10"),
+        "1 acknowledged events",
+    ),
+    "a row is there twice": (
+        lambda f: f.in_database(
+            "INSERT INTO _event SELECT seq + 50, type, timestamp, source, user_id, correlation_id,"
+            " causation_id, producer, n, data FROM _event WHERE n = 5"
+        ),
+        "1 ids are stored more than once",
+    ),
+    "two rows have changed places": (
+        lambda f: f.in_database("UPDATE _event SET n = 13 - n WHERE n IN (6, 7)"),
+        "events of record are not in order",
+    ),
+    "two calls have changed places": (
+        lambda f: f.in_database(
+            "UPDATE _event SET causation_id = 11 - causation_id WHERE n IN (6, 7)"
+        ),
+        "calls of record are stored out of order",
+    ),
+    "the journal is not what was written": (
+        lambda f: f.in_journal("UPDATE batch SET body = CAST(replace(body, 'x', 'y') AS BLOB)"),
+        "the journal is damaged",
+    ),
+    "a batch of the journal is gone": (
+        lambda f: f.in_journal(
+            "DELETE FROM batch WHERE first_seq = (SELECT max(first_seq) FROM batch)"
+        ),
+        "the journal",
+    ),
+    "a gap that nobody expects": (
+        lambda f: f.in_database(
+            "INSERT INTO _gap (first_seq, last_seq, found_at) VALUES (9, 9, 0)"
+        ),
+        "unexpected gap: seq 9 to 9",
+    ),
+    "a call raised": (
+        lambda f: f.record.__setitem__("raised", 1),
+        "1 calls of record raised",
+    ),
+    "a call blocked": (
+        lambda f: f.record.__setitem__("blocked", 1),
+        "took over 20 ms",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_seen(finished: Finished, fault: str) -> None:
+    plant, expected = FAULTS[fault]
+    plant(finished)
+    assert re.search(expected, "\n".join(finished.check().breaches)), finished.check()
+
+
+def test_gap_that_the_drill_expects_is_allowed(finished: Finished) -> None:
+    finished.in_database(
+        "INSERT INTO _gap (first_seq, last_seq, found_at)"
+        " SELECT max(seq) + 1, max(seq) + 2, 0 FROM _event"
+    )
+    finished.in_journal("DELETE FROM batch")
+    assert not finished.check((1, 1_000)).breaches
