@@ -35,7 +35,9 @@ class RecordWriter:
     """The publisher's side: `record["acked"] = 17` is there for good."""
 
     def __init__(self, path: Path) -> None:
-        path.write_bytes(bytes(_STRUCT.size))
+        new = path.with_suffix(".new")  # whoever sees the file sees all of it
+        new.write_bytes(bytes(_STRUCT.size))
+        new.replace(path)
         with path.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), _STRUCT.size)
 
