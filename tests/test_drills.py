@@ -30,7 +30,7 @@ def drill(tmp_path: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
 
 
 QUICK = ("sigkill", "duplicates", "backup")
-"""`.ci/run` runs all of them, by `scripts/drill --short all`."""
+"""`.ci/run` runs more of them."""
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -12,7 +12,16 @@ from catalogue import DRILLS
 from harness import Drill, Result, run, unmet
 
 SEED = 1
-COLUMNS = ("published", "acked", "stored", "waiting", "killed", "dropped", "duplicates", "holes")
+COLUMNS = {
+    "published": "publ.",
+    "acked": "acked",
+    "stored": "stored",
+    "waiting": "waiting",
+    "killed": "killed",
+    "dropped": "dropped",
+    "duplicates": "dupl.",
+    "holes": "holes",
+}
 
 
 def main() -> int:
@@ -77,20 +86,23 @@ def _print_list() -> None:
 
 
 def _print_table(results: list[Result]) -> None:
-    print(f"{'row':>3} {'drill':22} {'result':8} {'s':>6} ", end="")
-    print(*(f"{c:>10}" for c in COLUMNS), "slowest call ms")
+    heads = " ".join(f"{head:>7}" for head in COLUMNS.values())
+    print(f"row {'drill':18} {'result':6} {'s':>6} {heads}  slowest call ms, with a CPU at hand")
     for r in results:
-        figures = r.figures
-        print(f"{r.row:3} {r.drill:22} {r.result:8} {r.seconds:6.1f} ", end="")
-        if figures:
-            print(*(f"{figures[c]:10}" for c in COLUMNS), end="")
-            print(f" {figures['slowest_call_ms']:.1f}, {figures['slowest_blocked_ms']:.1f}", end="")
-            print(" with a CPU at hand", end="")
-        print(f"  {r.reason}" if r.reason else "")
+        line = f"{r.row:3} {r.drill:18} "
+        if r.reason:
+            print(f"{line}{r.result} {r.reason}")
+            continue
+        line += f"{r.result:6} {r.seconds:6.1f} "
+        if r.figures:
+            line += " ".join(f"{r.figures[name]:7}" for name in COLUMNS)
+            line += f"  {r.figures['slowest_call_ms']:.1f}"
+            line += f", {r.figures['slowest_blocked_ms']:.1f}"
+        print(line)
         if r.notes:
-            print(" " * 26, "; ".join(f"{name} {value}" for name, value in r.notes.items()))
+            print("     ", "; ".join(f"{name} {value}" for name, value in r.notes.items()))
         for text in r.breaches:
-            print(" " * 26, f"BROKEN: {' '.join(text.split())}")
+            print("      BROKEN:", " ".join(text.split()))
 
 
 if __name__ == "__main__":
