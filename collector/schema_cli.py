@@ -12,7 +12,8 @@ import msgspec
 
 from collector.reader import Reader
 from collector.relations import Relation
-from event_bus.cli.output import print_json, print_table, printable
+from event_bus.cli.escape import printable, printable_lines
+from event_bus.cli.output import print_json, print_table
 from event_bus.errors import DatabaseMissing, RejectedEvent, SchemaError
 from event_bus.event_schema import EventType, Registry, check_schema, read_schema
 from event_bus.settings import Settings
@@ -99,7 +100,7 @@ def list_types(settings: Settings, as_json: bool) -> None:
             ],
         )
     for problem in registry.problems:
-        click.echo(f"bitten: left out: {problem}", err=True)
+        click.echo(f"bitten: left out: {printable(problem)}", err=True)
     sys.exit(1 if registry.problems else 0)
 
 
@@ -118,11 +119,13 @@ def show(settings: Settings, event_type: str | None, markdown: bool) -> None:
     if markdown:
         names = [event_type] if event_type else sorted(registry.types)
         pages = [_page(registry.types[name]) for name in names]
-        click.echo("\n".join(pages if event_type else [_INTRODUCTION, *pages]), nl=False)
+        page = "\n".join(pages if event_type else [_INTRODUCTION, *pages])
+        click.echo(printable_lines(page), nl=False)
     elif event_type is None:
         raise click.UsageError("name a type, or use --markdown for a page on all")
     else:
-        click.echo(json.dumps(registry.types[event_type].schema, indent=2, ensure_ascii=False))
+        schema = registry.types[event_type].schema
+        click.echo(printable_lines(json.dumps(schema, indent=2, ensure_ascii=False)))
 
 
 @schemas.command("check")
@@ -150,7 +153,10 @@ def check(settings: Settings, files: tuple[Path, ...], as_json: bool) -> None:
         print_json([{"file": file, "problem": problem} for file, problem in found.items()])
     else:
         for file, problem in found.items():
-            click.echo(f"bitten: {problem}" if problem else f"{file}: good", err=bool(problem))
+            click.echo(
+                f"bitten: {printable(problem)}" if problem else f"{printable(file)}: good",
+                err=bool(problem),
+            )
         if not found:
             click.echo(f"no own event types in {settings.schemas}; the built-in ones are good")
     sys.exit(2 if any(found.values()) else 0)

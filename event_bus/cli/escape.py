@@ -18,3 +18,10 @@ def printable(value: Any) -> str:
         value = msgspec.json.encode(value).decode()
     text = "" if value is None else str(value)
     return _CONTROL.sub(lambda m: m[0].encode("unicode_escape").decode(), text)
+
+
+def printable_lines(text: str) -> str:
+    """Text of several lines, each `printable`; JSON stays JSON."""
+    return "\n".join(
+        _CONTROL.sub(lambda m: f"\\u{ord(m[0]):04x}", line) for line in text.split("\n")
+    )

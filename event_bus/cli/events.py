@@ -243,7 +243,9 @@ def status(settings: Settings, as_json: bool) -> None:
     ]
     for name, consumer in answer["consumers"].items():
         seen = clock(consumer["last_seen"])
-        rows.append((f"consumer {name}", f"lag {consumer['lag']} events, last seen {seen}"))
+        rows.append(
+            (f"consumer {printable(name)}", f"lag {consumer['lag']} events, last seen {seen}")
+        )
     if not answer["consumers"]:
         rows.append(("consumers", "none yet: is the collector running?"))
     width = max(len(name) for name, _ in rows)

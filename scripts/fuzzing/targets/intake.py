@@ -10,7 +10,7 @@ import words
 from event_bus import envelope
 from event_bus.errors import RejectedEvent
 from event_bus.event_schema import Registry
-from event_bus.intake import Intake
+from event_bus.intake import Intake, _is_own
 from event_bus.journal import Journal
 
 BETWEEN = b"\xff\xfe"
@@ -88,8 +88,7 @@ class Target:
                 event = envelope.read(line)
                 event_type = self._registry.get(event.event_type)
                 event_type.check(event.data)
-                own = event.event_id.startswith(self._intake._token)
-                if event_type.storage.live_only or own:
+                if _is_own(event_type) or event.event_id.startswith(self._intake._token):
                     raise RejectedEvent("the bus's own", rule="event_type")
             except RejectedEvent:
                 sorted_out[2].append(line)

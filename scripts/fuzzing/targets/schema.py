@@ -14,7 +14,12 @@ from collector.relations import Relation, events_view_sql
 from event_bus.errors import RejectedEvent, SchemaError
 from event_bus.event_schema import Registry
 
-DATAS = [{}, {"a": 1}, {"symbol": "s", "bid": 1.5, "ask": None, "x": [1, {"y": "\0"}]}]
+DATAS = [
+    {},
+    {"a": 1},
+    {"a": "a\0b", "b": 0.12345678901234568},
+    {"symbol": "s", "bid": 1.5, "ask": None, "x": [1, {"y": "\0"}]},
+]
 
 
 def seeds() -> list[bytes]:
