@@ -201,11 +201,9 @@ def _config_file(path: Path) -> dict[str, Any]:
     config = {} if config is None else config
     known = {f.name for f in fields(Settings)} - {"home"}
     if not isinstance(config, dict) or not known.issuperset(config):
-        unknown = (
-            sorted(set(config) - known) if isinstance(config, dict) else [type(config).__name__]
-        )
+        names = set(config) - known if isinstance(config, dict) else {type(config).__name__}
         raise SettingsError(
-            f"{path}: unknown setting {', '.join(map(str, unknown))}",
+            f"{path}: unknown setting {', '.join(sorted(map(str, names)))}",
             hint=f"known are {', '.join(sorted(known))}",
         )
     return config

@@ -88,6 +88,7 @@ def test_error_names_the_flag_or_the_config_file(tmp_path: Path) -> None:
         ("- a", "unknown setting list"),
         ("a: [", r"config\.yaml is not YAML"),
         ("1: 2", "unknown setting 1"),
+        ("1: 2\n?\nsauce: x", "unknown setting 1, None, sauce"),
     ],
 )
 def test_config_file_that_cannot_be_used_is_named(
