@@ -17,6 +17,7 @@ import msgspec
 import psutil
 
 from collector import ledger, vouched
+from collector.accepted import Accepted, reconcile
 from collector.journal_view import JournalView, ProducerRow
 from collector.ledger import Account, Held, Known, Range
 from collector.reader import Reader
@@ -34,11 +35,14 @@ CLOCK_SLACK_S = 1.0
 class Ledger(msgspec.Struct, kw_only=True):
     """The answer of `bitten audit`; docs/audit.md says what each count means.
 
-    `at_least` is true if nobody knows how much the journal lost besides.
+    `at_least` is true if nobody knows how much the journal lost besides. `accepted` of the lost
+    events are known to the owner, `news` is true if there is a loss that is not.
     """
 
     verdict: str
     lost: int
+    accepted: int
+    news: bool
     at_least: bool
     published: int
     acked: int
@@ -69,11 +73,12 @@ class Ledger(msgspec.Struct, kw_only=True):
     producers: list[Account]
 
 
-def audit(settings: Settings, *, full: bool = False) -> Ledger:
+def audit(settings: Settings, *, full: bool = False, accept: bool = False) -> Ledger:
     """Compare what was published with what is stored, and account for the difference.
 
-    With `full`, nothing that an earlier audit vouched for is taken over. Raises DatabaseError if
-    there is no database or it cannot be compared, JournalError if the journal cannot be read.
+    With `full`, nothing that an earlier audit vouched for is taken over; with `accept`, the losses
+    found are no news from now on. Raises DatabaseError if there is no database or it cannot be
+    compared, JournalError if the journal cannot be read.
     """
     if not settings.journal.exists():
         raise DatabaseError(
@@ -113,11 +118,18 @@ def audit(settings: Settings, *, full: bool = False) -> Ledger:
     by_ranges = sum(r.events for r in ranges)
     ledger.settle_missing(accounts, by_ranges - sum(a.missing for a in accounts))
     lost, verdict = ledger.verdict(accounts, ranges)
+    endless = sum(r.last_seq is None for r in ranges)
+    found = Accepted(lost, endless)
+    known = _known(settings, found, accept=accept)
+    if known != Accepted():
+        verdict += f" ({known.lost} of them known and accepted)"
     total = ledger.total([*accounts, *foreign])
     return Ledger(
         verdict=verdict,
         lost=lost,
-        at_least=any(r.last_seq is None for r in ranges),
+        accepted=known.lost,
+        news=known != found,
+        at_least=endless > 0,
         waiting=total.in_memory + total.in_spool,
         **{name: getattr(total, name) for name in ledger.SUMMED if name != "processes"},
         truncated=tally.truncated,
@@ -134,6 +146,16 @@ def audit(settings: Settings, *, full: bool = False) -> Ledger:
         sources=ledger.by_source([*accounts, *foreign]),
         producers=accounts,
     )
+
+
+def _known(settings: Settings, found: Accepted, *, accept: bool) -> Accepted:
+    try:
+        return reconcile(settings.home, found, accept=accept)
+    except OSError as e:
+        raise DatabaseError(
+            f"cannot note in {settings.home} which losses are accepted: {e.strerror}",
+            hint="run it as the owner of that directory",
+        ) from e
 
 
 def _not_to_come(journal: JournalView, stored_seq: int, told: list[Range]) -> list[Range]:

@@ -184,6 +184,11 @@ class Client:
         ack: dict[str, Any] = msgspec.json.decode(frames[0])
         return ack
 
+    def forget(self, consumer: str, timeout_s: float = 2.0) -> bool:
+        """Take a durable consumer off the broker's list; False if it was not there."""
+        frames = self.receive(self.send(FORGET, consumer.encode()), timeout_s)
+        return bool(msgspec.json.decode(frames[0])["known"])
+
     def close(self) -> None:
         if not self.socket.closed:
             self.socket.disable_monitor()

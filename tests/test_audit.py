@@ -292,8 +292,8 @@ class Books:
         db.execute(sql, values)
         db.close()
 
-    def audit(self, *, full: bool = False) -> Ledger:
-        return balanced(audit(self.settings, full=full))
+    def audit(self, *, full: bool = False, accept: bool = False) -> Ledger:
+        return balanced(audit(self.settings, full=full, accept=accept))
 
     def close(self) -> None:
         self.store.close()
@@ -322,6 +322,36 @@ def test_a_deleted_row_is_a_hole_named_exactly_with_its_process(books: Books) ->
         assert ledger.verdict == "3 lost: 3 missing in the database (seq 2-3, 7)"
         assert [a.missing for a in ledger.producers] == [2, 1]
         assert ledger.unaccounted == 0
+
+
+def test_an_accepted_loss_is_no_news_and_the_next_one_is(books: Books) -> None:
+    books.publish(TOKEN, 9)
+    books.collect()
+    assert not books.audit().news
+    books.execute("DELETE FROM _event WHERE seq = 2")
+    assert books.audit(full=True).news
+    accepted = books.audit(accept=True)
+    assert (accepted.news, accepted.lost, accepted.accepted) == (False, 1, 1)
+    assert accepted.verdict.endswith("(1 of them known and accepted)")
+    assert not books.audit().news
+    books.execute("DELETE FROM _event WHERE seq = 4")
+    again = books.audit(full=True)
+    assert (again.news, again.lost, again.accepted) == (True, 2, 1)
+
+
+def test_a_loss_that_is_gone_takes_its_acceptance_along(books: Books) -> None:
+    books.publish(TOKEN, 9)
+    books.collect()
+    books.execute("DELETE FROM _event WHERE seq = 2")
+    books.audit(accept=True)
+    books.store.close()
+    for path in books.settings.home.glob("bitten_events.db*"):
+        path.unlink()
+    books.open_store()
+    books.collect()
+    assert books.audit().lost == 0
+    books.execute("DELETE FROM _event WHERE seq = 3")
+    assert books.audit(full=True).news
 
 
 def test_what_was_vouched_for_is_not_counted_again_unless_asked(books: Books) -> None:

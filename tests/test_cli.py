@@ -11,8 +11,12 @@ import time
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import msgspec
 import pytest
 from conftest import System, wait_until
+
+from event_bus import protocol
+from event_bus.protocol import Client, FetchRequest
 
 TICK = '{"symbol": "EURUSD", "bid": 1.0845, "ask": 1.0847}'
 COMMANDS = sorted(entry_points(group="bitten.commands").names)
@@ -157,6 +161,19 @@ def test_stats_count_by_type(filled: System) -> None:
     assert stats["by_type"]["market_data"] == 3
     assert stats["events_stored"] == filled.stored()
     assert f"{filled.stored()} events stored" in filled.bitten("stats").stdout
+
+
+def test_a_consumer_that_will_not_come_back_is_forgotten(bus: System) -> None:
+    client = Client(bus.settings)
+    request = FetchRequest(from_seq=1, consumer="gone")
+    client.receive(client.send(protocol.FETCH, msgspec.json.encode(request)), 5.0)
+    client.close()
+    done = bus.bitten("forget", "gone")
+    assert (done.returncode, done.stdout) == (0, "gone is forgotten\n")
+    assert "gone" not in (bus.status() or {})["consumers"]
+    again = bus.bitten("forget", "gone")
+    assert again.returncode == 1
+    assert "the bus knows no consumer 'gone'" in again.stderr
 
 
 def test_status_shows_the_collector_caught_up(filled: System) -> None:

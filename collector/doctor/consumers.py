@@ -103,15 +103,9 @@ def judge_lag(lag: Lag, context: Context) -> Finding:
             remedy="start the collector; with pm2: `pm2 restart data_collector`",
             command=f"{context.bitten} collect",
         )
-    forget = (
-        "from event_bus.protocol import Client; from event_bus.settings import Settings; "
-        f"c = Client(Settings.load(home={str(context.settings.home)!r},"
-        f" ingress_url={context.settings.ingress_url!r})); "
-        f"print(c.receive(c.send(b'forget', {name!r}.encode()), 2))"
-    )
     return warning(
         f"{far}, and has not asked since {moment(lag.last_seen)}",
         why="the journal is kept for it, and grows",
         remedy="start that consumer, or let go of it if it will not come back",
-        command=f"python -c {shlex.quote(forget)}",
+        command=f"{context.bitten} forget {shlex.quote(name)}",
     )

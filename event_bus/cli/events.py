@@ -207,6 +207,25 @@ def _short(value: Any) -> str:
 
 
 @click.command()
+@click.argument("consumer")
+@click.pass_obj
+def forget(settings: Settings, consumer: str) -> None:
+    """Let go of a durable consumer that will not come back: the journal is not kept for it.
+
+    `bitten status` lists them. What CONSUMER has not fetched by then it may never get.
+
+    \b
+    bitten forget my_dashboard
+    """
+    client = Client(settings)
+    known = client.forget(consumer)
+    client.close()
+    if not known:
+        raise click.ClickException(f"the bus knows no consumer {printable(consumer)!r}")
+    click.echo(f"{printable(consumer)} is forgotten")
+
+
+@click.command()
 @click.option("--json", "as_json", is_flag=True, help="The whole answer as JSON.")
 @click.pass_obj
 def status(settings: Settings, as_json: bool) -> None:
