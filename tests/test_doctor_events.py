@@ -298,14 +298,14 @@ def test_consumer_that_does_not_ask_any_more_can_be_let_go(running: System) -> N
     assert finding.level == "warning"
     assert "has not asked since " in finding.what
     done = subprocess.run(
-        finding.command.replace("python ", f"{sys.executable} ", 1),
+        finding.command.replace("bitten ", f"{sys.executable} -m event_bus ", 1),
         shell=True,
         env=running.environ,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert "known" in done.stdout, done.stderr
+    assert "is forgotten" in done.stdout, done.stderr
     assert gone() == []
 
 
