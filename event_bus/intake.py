@@ -354,9 +354,8 @@ class Intake:
         return b"" if 0 < n <= forgotten_n else None
 
     def _line_of(self, batch: bytes, index: int) -> bytes:
-        if (
-            batch is not self._split[0]
-        ):  # kept, because events that are sent again come by the batch
+        # Kept, because events that are sent again come by the batch.
+        if batch is not self._split[0]:
             self._split = batch, batch.split(b"\n")
         return self._split[1][index]
 
