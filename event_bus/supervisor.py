@@ -17,7 +17,7 @@ log = logging.getLogger("bitten.up")
 
 FIRST_DELAY_S = 0.1
 MAX_DELAY_S = 15.0
-STEADY_S = 10.0
+STEADY_S = 3.0
 """A child that lived this long starts over with the first delay."""
 
 KILL_AFTER_S = 10.0
