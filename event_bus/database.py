@@ -3,6 +3,8 @@ fail every read, write and fsync of journal and database."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import apsw
@@ -22,3 +24,20 @@ def connect(
     db = apsw.Connection(str(path), flags=flags)
     db.set_busy_timeout(busy_timeout_ms)
     return db
+
+
+@contextlib.contextmanager
+def transaction(db: apsw.Connection) -> Iterator[None]:
+    """All that is written within, or nothing. Raises apsw.Error.
+
+    On some full disks SQLite rolls back by itself: `with db` then fails to do so once more and
+    raises that, instead of what was the matter.
+    """
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise

@@ -57,7 +57,7 @@ class Journal(JournalFile):
         self._db.set_busy_timeout(START_BUSY_MS)
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._db.set_busy_timeout(database.BUSY_TIMEOUT_MS)
-        with self._db:
+        with database.transaction(self._db):
             self._db.execute(LOST_RANGE)
             self._db.execute("UPDATE meta SET value = value + 1 WHERE key = 'epoch'")
         self.journal_id: str = self._meta("journal_id")
@@ -235,7 +235,7 @@ class Journal(JournalFile):
 
     def save_consumers(self, consumers: dict[str, tuple[int, float]]) -> None:
         try:
-            with self._db:
+            with database.transaction(self._db):
                 self._db.execute("DELETE FROM consumer")
                 self._db.executemany(
                     "INSERT INTO consumer VALUES (?,?,?)",
@@ -250,7 +250,7 @@ class Journal(JournalFile):
         self.journal_id = journal_id or self.journal_id
         values = {"journal_id": self.journal_id, "epoch": epoch, "trimmed_seq": trimmed_seq}
         try:
-            with self._db:
+            with database.transaction(self._db):
                 self._db.executemany(
                     "UPDATE meta SET value = ?2 WHERE key = ?1", list(values.items())
                 )
@@ -261,7 +261,7 @@ class Journal(JournalFile):
     def save_producers(self) -> None:
         """Write all that is known of producers. Raises JournalError."""
         try:
-            with self._db:
+            with database.transaction(self._db):
                 self._db.executemany(
                     "INSERT OR REPLACE INTO producer VALUES (?,?,?,?,?,?)",
                     map(msgspec.structs.astuple, self.producers.values()),
@@ -275,7 +275,7 @@ class Journal(JournalFile):
         Raises JournalError.
         """
         try:
-            with self._db:
+            with database.transaction(self._db):
                 self._db.execute(
                     "INSERT OR IGNORE INTO lost_range VALUES (?,?,?,?,?,?)",
                     msgspec.structs.astuple(loss),
@@ -289,7 +289,7 @@ class Journal(JournalFile):
     def losses_are_told(self) -> None:
         """The `journal_loss` events of all that is lost are stored. Raises JournalError."""
         try:
-            with self._db:
+            with database.transaction(self._db):
                 self._db.execute("UPDATE lost_range SET told = 1 WHERE NOT told")
         except apsw.Error as e:
             raise self._write_error(e) from e
@@ -319,7 +319,7 @@ class Journal(JournalFile):
             if not rows:
                 return 0
             cut: int = rows[-1][0] + rows[-1][1]
-            with self._db:
+            with database.transaction(self._db):
                 self._db.execute("DELETE FROM batch WHERE first_seq < ?", (cut,))
                 self._db.execute(
                     "UPDATE producer SET forgotten_n = max(forgotten_n, (SELECT max(last_n)"

@@ -86,7 +86,7 @@ class JournalFile:
     def _create(self, origin_seq: int) -> None:
         self._db.execute(f"PRAGMA page_size={PAGE_BYTES}")
         self._db.execute("PRAGMA journal_mode=WAL")
-        with self._db:
+        with database.transaction(self._db):
             self._db.execute(SCHEMA)
             self._db.execute(LOST_RANGE)
             self._db.execute(f"PRAGMA application_id={APPLICATION_ID}")

@@ -9,7 +9,9 @@ from pathlib import Path
 import apsw
 import pytest
 from disks import small_disk
+from faulty import Faults
 
+from event_bus import database
 from event_bus.errors import JournalDamaged, JournalError, JournalFull
 from event_bus.journal import DamagedBatch, Journal
 
@@ -240,3 +242,21 @@ def test_full_disk_refuses_and_loses_nothing_and_is_used_again_when_it_has_room(
         again = reopened(journal)
         assert sum(b.count for b in again.read(1, 1 << 30)) == written + 1
         again.close()
+
+
+@pytest.mark.parametrize("rolls_back", [False, True])
+@pytest.mark.parametrize("write", range(4))
+def test_full_disk_while_trimming_is_a_full_disk_whoever_rolls_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int, rolls_back: bool
+) -> None:
+    faults = Faults()
+    monkeypatch.setattr(database, "connect", faults.connect)
+    journal = Journal(tmp_path / "journal.db")
+    append(journal, "ab")
+    append(journal, "c")
+    faults.fail_write(write, rolls_back=rolls_back)
+    with pytest.raises(JournalFull):
+        journal.trim(3)
+    assert [b.first_seq for b in journal.read(1, 1000)] == [1, 3]
+    assert journal.trim(3) == 1
+    journal.close()

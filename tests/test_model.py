@@ -391,7 +391,7 @@ class BusMachine(RuleBasedStateMachine):
         """The journal was trimmed past a collector that it did not know of: a gap, told."""
         gap = (self.stored + 1, self.first_seq - 1)
         try:
-            self.store.record_gap(*gap, self.journal.journal_id)
+            self.store.record_gap(*gap, self.journal.journal_id, "trimmed")
         except DatabaseUnavailable:
             return
         self.gaps.append(gap)
@@ -489,4 +489,4 @@ def sizes(**more: Any) -> settings:
 pytestmark = pytest.mark.timeout(400)
 
 TestModel = BusMachine.TestCase
-TestModel.settings = sizes(max_examples=15, derandomize=True, database=None)
+TestModel.settings = sizes(max_examples=40, derandomize=True, database=None)
