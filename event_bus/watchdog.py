@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import os
 import sys
 import threading
+from collections.abc import Iterator
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +35,23 @@ class Watchdog:
         self._max_silent_ticks = max_silent_ticks
         self._heard = threading.Event()
         self._ended = threading.Event()
+        self._is_paused = False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def alive(self) -> None:
         """A sign of life. Cheap, from any thread; long work gives one now and then."""
         self._heard.set()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Expects nothing within: for one call that takes as long as the disk does, and gives no
+        sign of life meanwhile. For the thread that gives the others."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self.alive()
+            self._is_paused = False
 
     def __enter__(self) -> Watchdog:
         self._thread.start()
@@ -50,7 +64,7 @@ class Watchdog:
     def _watch(self) -> None:
         silent = 0
         while not self._ended.wait(self._tick_s):
-            silent = 0 if self._heard.is_set() else silent + 1
+            silent = 0 if self._heard.is_set() or self._is_paused else silent + 1
             self._heard.clear()
             if silent >= self._max_silent_ticks:
                 self._end()

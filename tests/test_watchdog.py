@@ -30,6 +30,17 @@ with Watchdog("the loop", tick_s=0.25, max_silent_ticks=4) as dog:
 """
 
 
+PAUSED = """
+import threading
+from event_bus.watchdog import Watchdog
+with Watchdog("the loop", tick_s=0.02) as dog:
+    with dog.paused():
+        threading.Event().wait(1.0)
+    print("went on", flush=True)
+    threading.Event().wait()
+"""
+
+
 def test_stuck_process_is_ended_and_every_stack_printed(system: System) -> None:
     done = system.script(STUCK)
     assert done.returncode == 70
@@ -60,3 +71,9 @@ def test_process_that_was_stopped_for_longer_goes_on(system: System) -> None:
 def test_process_that_ends_by_itself_is_left_alone(system: System) -> None:
     done = system.script("from event_bus.watchdog import Watchdog\nwith Watchdog('x'): pass")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_pause_is_not_taken_for_being_stuck_and_ends(system: System) -> None:
+    done = system.script(PAUSED)
+    assert done.stdout == "went on\n"
+    assert (done.returncode, "has been stuck" in done.stderr) == (70, True)
