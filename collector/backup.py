@@ -54,7 +54,7 @@ def make_backup(
         lock = FileLock(target / ".lock", "a backup")
         try:
             # Their makers are gone, or we would not have the lock.
-            for left in target.glob(f"*{m.PART}"):
+            for left in m.unfinished(target):
                 shutil.rmtree(left)
             made_at = clock()
             path = _free_name(target, made_at)

@@ -135,6 +135,18 @@ def name_at(moment: float) -> str:
     return datetime.datetime.fromtimestamp(moment, datetime.UTC).strftime(_TIME)
 
 
+def unfinished(folder: Path) -> list[Path]:
+    """What backups that did not come to their end have left in `folder`. Raises OSError."""
+    return [
+        path
+        for path in folder.iterdir()
+        if path.name.endswith(PART)
+        and _NAME.fullmatch(path.name.removesuffix(PART))
+        and path.is_dir()
+        and not path.is_symlink()
+    ]
+
+
 def backups(folder: Path) -> list[Path]:
     """The finished backups in `folder`, oldest first. Raises BackupError if it cannot be read."""
     try:

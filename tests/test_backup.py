@@ -396,6 +396,20 @@ def test_killed_backup_has_no_final_name_and_the_next_one_removes_it(running: Sy
     assert names(folder) == [Path(made["path"]).name]
 
 
+def test_backup_leaves_alone_what_it_did_not_make(running: System, tmp_path: Path) -> None:
+    folder = tmp_path / "downloads"
+    made_earlier = folder / "2026-01-31T04-00-00Z.part"
+    for directory in (folder / "video.part", folder / "x-2026-01-31T04-00-00Z.part", made_earlier):
+        directory.mkdir(parents=True)
+        (directory / "mine").write_text("mine")
+    (folder / "movie.mkv.part").write_text("mine")
+    (folder / "2026-01-31T04-00-01Z.part").symlink_to(folder / "video.part")
+    make(running, "--to", str(folder))
+    assert not made_earlier.exists()
+    for name in ("video.part/mine", "x-2026-01-31T04-00-00Z.part/mine", "movie.mkv.part"):
+        assert (folder / name).read_text() == "mine"
+
+
 def test_two_backups_at_once_do_not_meet(running: System) -> None:
     publish(running, 0, 20_000)
     running.wait_stored()
