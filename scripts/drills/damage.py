@@ -24,6 +24,7 @@ PAGE_BYTES = 8_192
     fault="bits of the journal flip, pages are wiped or its end is cut off, the bus being down",
     long="30 times",
     plant="the bus does not look at checksums",
+    breaks="is served as seq",
 )
 def journal_damage(trial: Trial) -> None:
     """The collector has nothing of it yet: what is damaged is nowhere else."""
@@ -132,6 +133,7 @@ def _all_stored(system: System) -> bool:
     fault="the database or the journal is removed or moved away while it is open",
     long="10 times each",
     plant="the collector leaves out one event",
+    breaks="seqs are missing",
 )
 def file_removed(trial: Trial) -> None:
     up = trial.start(fault="one-event-dropped" if trial.planted else "")
@@ -164,6 +166,7 @@ def file_removed(trial: Trial) -> None:
     fault="database or journal wiped, scribbled over, empty or missing at start",
     long="4 times each",
     plant="the collector leaves out one event",
+    breaks="seqs are missing",
 )
 def file_bad_at_start(trial: Trial) -> None:
     settings = trial.system.settings

@@ -26,6 +26,7 @@ CHANGED = 25
     fault="each event sent 100 times, the bus killed meanwhile; ids again with other content",
     long="5,000 events",
     plant="the bus takes changed content for a duplicate",
+    breaks="conflicts are kept",
 )
 def duplicates(trial: Trial) -> None:
     up = trial.start(fault="conflicts-unseen" if trial.planted else "")

@@ -25,6 +25,7 @@ GROWTH_BYTES = 64 << 20
     fault="SIGSTOP of a subscriber, of the collector, of the bus",
     long="5 rounds of 20 s each",
     plant="the collector leaves one event out",
+    breaks="seqs are missing",
 )
 def hung_peer(trial: Trial) -> None:
     up = trial.start(fault="one-event-dropped" if trial.planted else "")

@@ -9,6 +9,7 @@ A drill is a function that takes a `Trial`, registered in the table `DRILLS` by 
         long="20 times",                        # what --length multiplies; a word for the list
         needs=("root",),                        # "root" or programs; else it is listed as not run
         plant="a broker that acknowledges what it could not write",
+        breaks="acknowledged events",           # part of what is then said; see `run`
     )
     def journal_disk_full(trial: Trial) -> None:
         trial.start(fault="ack-before-fsync" if trial.planted else "")   # `bitten up`
@@ -49,6 +50,7 @@ from load import Load
 from system import System, wait_until
 
 SETTLE_S = 120.0
+NOT_RUN = "not run"
 
 
 class NotRun(Exception):
@@ -62,6 +64,7 @@ class Drill:
     fault: str
     long: str
     plant: str
+    breaks: str
     needs: tuple[str, ...] = ()
     run: Callable[[Trial], None]
 
@@ -224,7 +227,9 @@ def unmet(needs: tuple[str, ...]) -> str:
 
 
 def run(chosen: Drill, *, seed: int, short: bool, length: float, planted: bool) -> Result:
-    result = Result(chosen.row, chosen.name, "not run", unmet(chosen.needs))
+    """Run a drill. `held` or `BROKEN`; with the plant BROKEN only by what the plant is there to
+    break, and else `missed`."""
+    result = Result(chosen.row, chosen.name, NOT_RUN, unmet(chosen.needs))
     if result.reason:
         return result
     begin = time.monotonic()
@@ -247,7 +252,11 @@ def run(chosen: Drill, *, seed: int, short: bool, length: float, planted: bool) 
         result.figures = asdict(trial.verdict.figures)
         result.breaches = trial.verdict.breaches
     result.breaches = trial.breaches + result.breaches
-    result.result = "BROKEN" if result.breaches else "held"
+    if planted:
+        found = any(chosen.breaks in text for text in result.breaches)
+        result.result = "BROKEN" if found else "missed"
+    else:
+        result.result = "BROKEN" if result.breaches else "held"
     result.notes = trial.notes
     result.seconds = round(time.monotonic() - begin, 1)
     return result

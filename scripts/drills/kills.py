@@ -20,6 +20,7 @@ SERVING_S = 3.0
     fault="SIGKILL of bus, collector, both or a publisher at random",
     long="200 cycles",
     plant="the bus acknowledges before its fsync",
+    breaks="acknowledged events",
 )
 def sigkill(trial: Trial) -> None:
     up = trial.start(fault="ack-before-fsync" if trial.planted else "")

@@ -26,6 +26,7 @@ REFUSED_EXIT = 4
     long="3 rounds",
     needs=("root", "ip"),
     plant="the unknown key is on the allow-list",
+    breaks="a peer with a key that is not listed",
 )
 def network(trial: Trial) -> None:
     with _other_machine() as (space, address):

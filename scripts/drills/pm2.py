@@ -20,6 +20,7 @@ ACTIONS = ("reload", "restart", "stop")
     long="100 times",
     needs=("pm2",),
     plant="a kill_timeout of 20 ms",
+    breaks="was killed at",
 )
 def pm2(trial: Trial) -> None:
     pm2 = Pm2(trial.system, trial.directory / "checkout")

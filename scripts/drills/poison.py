@@ -85,6 +85,7 @@ class Raw:
     fault="a tenth of the load is broken: JSON, UTF-8, types, numbers, depth, keys",
     long="60 rounds of every kind",
     plant="the bus forgets to keep what it refuses",
+    breaks="are not kept raw",
 )
 def poison(trial: Trial) -> None:
     system = trial.system
@@ -135,6 +136,7 @@ def poison(trial: Trial) -> None:
     fault="frames of 100 MB on both ports",
     long="20 times",
     plant="the bus takes frames of any size",
+    breaks="the bus grew",
 )
 def huge_payload(trial: Trial) -> None:
     system = trial.system
@@ -204,6 +206,7 @@ HOSTILE = {
     fault="SQL, HTML, ANSI, newlines and NUL in every string of an event",
     long="200 rounds",
     plant="a command that prints as it comes",
+    breaks="prints",
 )
 def hostile_strings(trial: Trial) -> None:
     system = trial.system

@@ -29,6 +29,7 @@ SMALL_JOURNAL_BYTES = 200_000
     fault="power is lost at any moment: writes that were not synced are dropped or torn",
     long="400 images of the disk",
     plant="a disk that answers a sync before it has done it",
+    breaks="acked are gone",
 )
 def power_loss(trial: Trial) -> None:
     system = trial.system

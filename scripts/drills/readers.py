@@ -21,6 +21,7 @@ WAL_ALARM_BYTES = 64 << 20
     fault="an analyst's BEGIN IMMEDIATE holds the database",
     long="3 times for 2 minutes",
     plant="the collector leaves out one event",
+    breaks="seqs are missing",
 )
 def database_locked(trial: Trial) -> None:
     up = trial.start(fault="one-event-dropped" if trial.planted else "")
@@ -56,6 +57,7 @@ def database_locked(trial: Trial) -> None:
     fault="an open SELECT keeps the write-ahead log from being reset",
     long="once, to twice the alarm's size",
     plant="the collector leaves out one event",
+    breaks="seqs are missing",
 )
 def endless_reader(trial: Trial) -> None:
     trial.start(fault="one-event-dropped" if trial.planted else "")

@@ -30,6 +30,7 @@ BOUND = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
     long="20 times",
     needs=("strace",),
     plant="the bus acknowledges what it could not sync",
+    breaks="acknowledged events",
 )
 def fsync_fails(trial: Trial) -> None:
     """The bus is started again without the fault, as its supervisor does; nothing acked is gone."""
@@ -93,6 +94,7 @@ def _start_failing(
     long="once each",
     needs=("root", "setpriv"),
     plant="the daemons are allowed to pass over the rights",
+    breaks="starts all the same",
 )
 def permission_denied(trial: Trial) -> None:
     system = trial.system
@@ -167,6 +169,7 @@ def _refused(trial: Trial, argv: list[str], what: Path) -> float:
     fault="a port is taken; a second bus, a second collector on the same home",
     long="5 times",
     plant="the lock of the home is gone",
+    breaks="a second bus on the home",
 )
 def taken(trial: Trial) -> None:
     system = trial.system

@@ -30,6 +30,7 @@ LONG_ENOUGH_S = 240.0
     fault="bursts of 20,000 events each minute",
     long="10 minutes; --length 60 is ten hours",
     plant="the collector leaves one event out",
+    breaks="seqs are missing",
 )
 def soak(trial: Trial) -> None:
     up = trial.start(fault="one-event-dropped" if trial.planted else "")
@@ -63,8 +64,10 @@ def soak(trial: Trial) -> None:
     trial.note("ack p99 ms", f"{probe.p99_ms(probe.taken):.1f}")
     own_ms = probe.p99_ms(probe.own)
     trial.note("with a CPU at hand", f"{own_ms:.1f}")
-    if length_s >= LONG_ENOUGH_S:  # in less, the one that waits for a burst is the 99th of 100
+    if length_s >= LONG_ENOUGH_S:
         trial.expect(own_ms <= ACK_P99_MS, f"acknowledgements take {own_ms:.0f} ms at p99")
+    else:  # the one that waits for a burst is the 99th of 100, and memory still warms up
+        trial.note("not judged", f"p99 and memory, in less than {LONG_ENOUGH_S:.0f} s")
     trial.note("WAL MB", wal_bytes >> 20)
     trial.expect(wal_bytes <= WAL_BYTES, f"a WAL grew to {wal_bytes >> 20} MB")
     for name in children:

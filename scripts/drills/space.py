@@ -50,6 +50,7 @@ def fill(disk: Path) -> Path:
     long="20 times",
     needs=("root",),
     plant="the bus acknowledges what it could not write",
+    breaks="acknowledged events",
 )
 def journal_disk_full(trial: Trial) -> None:
     system = trial.system
@@ -96,6 +97,7 @@ def journal_disk_full(trial: Trial) -> None:
     long="10 times each",
     needs=("root",),
     plant="the collector leaves out one event",
+    breaks="seqs are missing",
 )
 def database_disk_full(trial: Trial) -> None:
     system = trial.system
@@ -165,6 +167,7 @@ def _problems(trial: Trial) -> str:
     fault="the bus is away until the spool and the memory of every publisher are full",
     long="5 times",
     plant="bridges do not count what they drop",
+    breaks="the bus was told of",
 )
 def spool_full(trial: Trial) -> None:
     system = trial.system

@@ -32,6 +32,7 @@ GROWTH_BYTES = 128 << 20
     " file descriptors",
     long="10 rounds",
     plant="the bus dies of it",
+    breaks="the bus ended",
 )
 def storms(trial: Trial) -> None:
     up = trial.start()

@@ -73,6 +73,7 @@ def check_seen(trial: Trial, who: str, seen: list[list[Any]], first_seq: int) ->
     fault="a subscriber of live frames that reads 100 a second",
     long="10 rounds of 20 s",
     plant="a subscriber that does not fetch what it missed",
+    breaks="the slow subscriber missed",
 )
 def slow_subscriber(trial: Trial) -> None:
     trial.start()
@@ -118,6 +119,7 @@ def slow_subscriber(trial: Trial) -> None:
     fault="subscribers that join at 5,000 events/s, from the past into what is live",
     long="100 joins",
     plant="a subscriber that does not fetch what came before",
+    breaks="missed",
 )
 def late_join(trial: Trial) -> None:
     trial.start()

@@ -25,6 +25,7 @@ SMALL_SPOOL_BYTES = 700_000
     fault="SIGKILL inside append, fsync, publish, ack, cursor, trim, store and spool",
     long=f"{len(POINTS)} points",
     plant="the bus acknowledges before its fsync",
+    breaks="acknowledged events",
 )
 def windows(trial: Trial) -> None:
     trial.system.environ["BITTEN_JOURNAL_MAX_BYTES"] = str(SMALL_JOURNAL_BYTES)
