@@ -10,6 +10,7 @@ import contextlib
 import logging
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,10 @@ DRAIN_S = 5.0
 MAX_GROUP_BYTES = 2 << 20
 MAX_GROUP_MESSAGES = 512
 MAX_WAITING_FETCHES = 10_000
+"""Of one connection at most `ports.MAX_UNREAD_REPLIES`: the answers to more could be dropped."""
+
 MAX_WAIT_MS = 30_000
+MAX_REQUEST_ID_BYTES = 64
 MAX_REPLY_BYTES = 1 << 20
 
 _decode_fetch = msgspec.json.Decoder(FetchRequest).decode
@@ -110,6 +114,7 @@ class Broker:
         self._live = LiveEvents(self._events, self.registry, self._zap, monotonic)
         self._receipts: list[tuple[list[bytes], Receipt]] = []
         self._waiting: dict[tuple[bytes, ...], _Waiting] = {}
+        self._waiting_of: Counter[bytes] = Counter()
         self._status = BrokerStatus(self.intake, self._consumers, clock=clock, monotonic=monotonic)
         self._housekeeping = Housekeeping(
             settings,
@@ -211,8 +216,14 @@ class Broker:
             # A REQ socket puts an empty frame first and wants it back.
             at = 2 if len(frames) > 2 and not frames[1] else 1
             verb, request_id, *arguments = [*frames[at:], b"", b""][: max(2, len(frames) - at)]
-            route = [*frames[:at], request_id]
-            if rights is None:
+            route = [*frames[:at], request_id[:MAX_REQUEST_ID_BYTES]]
+            if len(request_id) > MAX_REQUEST_ID_BYTES:
+                self._fail(
+                    route,
+                    "bad_request",
+                    f"a request id has up to {MAX_REQUEST_ID_BYTES} bytes, not {len(request_id)}",
+                )
+            elif rights is None:
                 self._fail(route, "forbidden", "this key is not allowed any more")
             elif verb == protocol.PUBLISH and arguments:
                 self._take(route, arguments, rights)
@@ -297,7 +308,14 @@ class Broker:
             self._answer(waiting)
         elif len(self._waiting) >= MAX_WAITING_FETCHES:
             self._fail(route, "busy", f"{MAX_WAITING_FETCHES} fetches are waiting already")
+        elif self._waiting_of[route[0]] >= ports.MAX_UNREAD_REPLIES:
+            self._fail(
+                route,
+                "busy",
+                f"{ports.MAX_UNREAD_REPLIES} fetches of this connection are waiting already",
+            )
         else:
+            self._waiting_of[route[0]] += tuple(route) not in self._waiting
             self._waiting[tuple(route)] = waiting
 
     def _forget(self, route: list[bytes], name: bytes) -> None:
@@ -313,6 +331,9 @@ class Broker:
         last = self.journal.last_seq
         due = [k for k, w in self._waiting.items() if w.from_seq <= last or w.deadline <= now]
         for key in due:
+            self._waiting_of[key[0]] -= 1
+            if not self._waiting_of[key[0]]:
+                del self._waiting_of[key[0]]
             self._answer(self._waiting.pop(key))
 
     def _answer(self, waiting: _Waiting) -> None:

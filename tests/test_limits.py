@@ -17,6 +17,8 @@ import pytest
 import zmq
 from conftest import System, wait_until
 
+from event_bus import ports, protocol
+from event_bus.errors import BusRefused
 from event_bus.live import MAX_SUBSCRIPTIONS
 from event_bus.protocol import Client
 
@@ -137,6 +139,47 @@ def test_bus_without_descriptors_left_goes_on_and_recovers(bus: System, old_clie
     with contextlib.closing(Client(bus.settings)) as new:
         wait_until(lambda: new.status(5)["state"] == "ok", "a new client", timeout_s=35)
     assert bus.processes[0].poll() is None
+
+
+def test_long_request_id_is_refused_and_nothing_of_it_is_kept(
+    bus: System, old_client: Client, opens: Opens
+) -> None:
+    before = memory(bus)
+    dealer = opens(zmq.DEALER)
+    dealer.connect(bus.settings.ingress_url)
+    for n in range(10):
+        request_id = b"%08d" % n + b"x" * (4 << 20)
+        dealer.send_multipart([b"fetch", request_id, b'{"wait_ms":30000}'])
+    for n in range(10):
+        assert dealer.poll(20_000)
+        verb, answered_id, body = dealer.recv_multipart()
+        assert (verb, answered_id) == (b"error", b"%08d" % n + b"x" * 56)
+        assert json.loads(body)["code"] == "bad_request"
+    assert publish(old_client)
+    assert memory(bus) - before < 3 * GROWTH_BYTES
+    dealer.send_multipart([b"status", b"y" * 64])
+    assert dealer.poll(20_000)
+    assert dealer.recv_multipart()[:2] == [b"status", b"y" * 64]
+
+
+def test_one_connection_can_have_only_so_many_fetches_waiting(
+    bus: System, old_client: Client
+) -> None:
+    fetch = b'{"wait_ms":30000}'
+    with contextlib.closing(Client(bus.settings)) as greedy:
+        for _ in range(ports.MAX_UNREAD_REPLIES):
+            greedy.send(protocol.FETCH, fetch)
+        with pytest.raises(BusRefused, match="64 fetches of this connection") as refused:
+            greedy.receive(greedy.send(protocol.FETCH, fetch), 20)
+        assert refused.value.code == "busy"
+        waiting = old_client.send(protocol.FETCH, fetch)
+        wait_until(lambda: greedy.status(20), "others' fetches wait meanwhile")
+        with contextlib.closing(Client(bus.settings)) as publisher:
+            assert publish(publisher)
+        assert old_client.receive(waiting, 20)
+        waiting = greedy.send(protocol.FETCH, fetch)  # room again
+        assert publish(old_client)
+        assert greedy.receive(waiting, 20)
 
 
 def test_random_bytes_do_no_harm(bus: System, old_client: Client) -> None:
