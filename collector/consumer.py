@@ -180,8 +180,12 @@ class Consumer:
             journal_id=journal_id,
             origin_seq=status["origin_seq"],
         )
-        for piece in pieces:
+        while True:
             keeper.alive()
+            with keeper.paused():
+                piece = next(pieces, None)
+            if piece is None:
+                break
             if self._stop.is_set():
                 raise Stopped
             for batch in aside.batches(piece):

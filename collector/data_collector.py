@@ -120,7 +120,7 @@ class DataCollector:
                 settings.db,
                 registry,
                 stop=self._stop,
-                on_alive=closing.enter_context(Watchdog("the collector")).alive,
+                watchdog=closing.enter_context(Watchdog("the collector")),
                 reports=reports,
             )
             closing.callback(keeper.close)

@@ -22,6 +22,7 @@ from event_bus.errors import (
     DatabaseUnavailable,
 )
 from event_bus.event_schema import Registry
+from event_bus.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,9 @@ class Renewed(Exception):
 
 class Keeper:
     """Owns the store. `problem` is what keeps the collector from storing more, or what was wrong
-    lately; empty if nothing is. `on_alive` is called every few seconds whatever it does.
+    lately; empty if nothing is. The watchdog hears of every turn and every wait; it expects nothing
+    of a call into SQLite, which takes as long as the disk does (an index over all rows, the copy of
+    a long log), and begins from the front if it is killed.
     """
 
     def __init__(
@@ -55,13 +58,13 @@ class Keeper:
         registry: Registry,
         *,
         stop: threading.Event,
-        on_alive: Callable[[], None],
+        watchdog: Watchdog,
         reports: Reports,
     ) -> None:
         self._path = path
         self._registry = registry
         self._stop = stop
-        self._on_alive = on_alive
+        self._watchdog = watchdog
         self._reports = reports
         self._store: Store | None = None
         self._inspection: Inspection | None = None
@@ -107,7 +110,7 @@ class Keeper:
 
     def look(self, lag: int) -> None:
         """What is due to be looked at, with `lag` events not stored yet. Raises like `do`."""
-        self._on_alive()
+        self._watchdog.alive()
         now = time.monotonic()
         if now < self._look_due:
             return
@@ -122,20 +125,20 @@ class Keeper:
 
     def alive(self) -> None:
         """Say that the collector is at work, though nothing may come of it."""
-        self._on_alive()
+        self._watchdog.alive()
         self._reports.send(self._next_seq(), self.problem)
 
+    def paused(self) -> contextlib.AbstractContextManager[None]:
+        """For reading a database that is not the store's; not around calls of this object."""
+        return self._watchdog.paused()
+
     def close(self) -> None:
-        if self._inspection is not None:
-            self._inspection.close()
-            self._inspection = None
-        if self._store is not None:
-            # A long log would take longer to copy than a stop may; the next start goes on with it.
-            if wal.wal_bytes(self._path) > wal.MAX_WAL_BYTES:
-                self._store.abandon()
-            else:
+        # A long log would take longer to copy than a stop may; the next start goes on with it.
+        if self._store is not None and wal.wal_bytes(self._path) <= wal.MAX_WAL_BYTES:
+            with self.paused():
                 self._store.close()
             self._store = None
+        self._let_go()
 
     def _next_seq(self) -> int | None:
         try:
@@ -162,7 +165,8 @@ class Keeper:
         try:
             while True:
                 try:
-                    result = action()
+                    with self.paused():
+                        result = action()
                 except DatabaseUnavailable as e:
                     message = self._with_holder(e)
                     now = time.monotonic()
@@ -253,7 +257,8 @@ class Keeper:
         One that is damaged is put aside.
         """
         try:
-            there = AsideReader(self._path)
+            with self.paused():
+                there = AsideReader(self._path)
         except DatabaseCorrupt:
             self._move_aside(CORRUPT)
             return False
@@ -270,7 +275,8 @@ class Keeper:
             self._inspection.close()
             self._inspection = None
         if self._store is not None:
-            self._store.abandon()
+            with self.paused():
+                self._store.abandon()
             self._store = None
 
     def _move_aside(self, kind: str) -> Path | None:
