@@ -17,9 +17,12 @@ from typing import Any
 
 import msgspec
 
-from event_bus.journal_format import PAGE_BYTES, Batch, Producer, is_intact
+from event_bus.journal_format import PAGE_BYTES, Batch, LostRange, Producer, is_intact
 
 MAX_PAYLOAD_BYTES = 64 << 20
+MAX_SEQ = 1 << 48
+"""No bus gets so far: what claims to be further is damage."""
+
 MAX_GROUP_EVENTS = 25_000
 """More than one commit can hold; what is claimed further from the last event is not believed."""
 
@@ -88,6 +91,7 @@ class Carved(msgspec.Struct):
     claims: dict[int, int]
     producers: dict[str, Producer]
     consumers: dict[str, tuple[int, float]]
+    losses: dict[int, LostRange]
 
     def end(self) -> int:
         """The last seq that the journal is known to have had; 0 if nothing is known."""
@@ -100,7 +104,7 @@ class Carved(msgspec.Struct):
 
 def carve(pages: Pages, on_progress: Callable[[], None] = lambda: None) -> Carved:
     """Everything that can be read from these pages; `on_progress` is called now and then."""
-    carved = Carved({}, {}, {}, {}, {})
+    carved = Carved({}, {}, {}, {}, {}, {})
     for number in range(1, pages.count + 1):
         if number % 1_000 == 0:
             on_progress()
@@ -143,6 +147,22 @@ def _take_row(carved: Carved, rowid: int, record: list[Any], place: tuple[int, i
             carved.producers[token] = Producer(
                 0, token, last_n, forgotten_n, float(last_seen), report
             )
+    elif len(record) == 6 and isinstance(record[3], str) and isinstance(record[4], str):
+        _take_loss(carved, rowid, record)
+
+
+def _take_loss(carved: Carved, first_seq: int, record: list[Any]) -> None:
+    _, last_seq, found_at, reason, file, told = record
+    if (
+        0 < first_seq < MAX_SEQ
+        and (last_seq is None or (isinstance(last_seq, int) and first_seq <= last_seq < MAX_SEQ))
+        and isinstance(found_at, int | float)
+    ):
+        old = carved.losses.get(first_seq)
+        told = bool(told) or (old is not None and old.told)
+        carved.losses[first_seq] = LostRange(
+            first_seq, last_seq, float(found_at), reason, file, told
+        )
 
 
 def _take_index_row(carved: Carved, record: list[Any]) -> None:

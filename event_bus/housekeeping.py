@@ -94,16 +94,15 @@ class Housekeeping:
 
     def found_damaged(self, damaged: DamagedBatch) -> None:
         """Keep account of events that turned out to be damaged, and tell of them once."""
-        if any(loss.first_seq == damaged.first_seq for loss in self._journal.losses):
-            return
-        log.error("%s", damaged)
-        file = self._journal.path.name
         first, last = damaged.first_seq, damaged.next_seq - 1
+        file = self._journal.path.name
         loss = LostRange(first, last, self._clock(), "CRC-32 is wrong", file)
         try:
-            self._journal.record_loss(loss)
+            if not self._journal.record_loss(loss):
+                return
         except JournalFull as e:  # whoever asks for it again brings it up again
             self.storage_is_full(str(e))
+        log.error("%s", damaged)
         self._look()
 
     def _look(self) -> None:

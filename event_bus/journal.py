@@ -30,6 +30,7 @@ START_BUSY_MS = 500
 MAX_REMEMBERED_LOSSES = 1_000
 
 _LAST = "SELECT * FROM batch ORDER BY first_seq DESC LIMIT 1"
+_ADD_LOSS = "INSERT OR IGNORE INTO lost_range VALUES (?,?,?,?,?,?)"
 _FIRST = "SELECT * FROM batch ORDER BY first_seq LIMIT 1"
 
 
@@ -244,9 +245,11 @@ class Journal(JournalFile):
         except apsw.Error as e:
             raise self._write_error(e) from e
 
-    def adopt(self, *, journal_id: str | None, epoch: int, trimmed_seq: int) -> None:
-        """Become another journal's successor: its identity (a new one if None), its starts, and
-        what it had trimmed. Raises JournalError."""
+    def adopt(
+        self, *, journal_id: str | None, epoch: int, trimmed_seq: int, losses: list[LostRange]
+    ) -> None:
+        """Become another journal's successor: its identity (a new one if None), its starts, what
+        it had trimmed, and what it knew to be lost. Raises JournalError."""
         self.journal_id = journal_id or self.journal_id
         values = {"journal_id": self.journal_id, "epoch": epoch, "trimmed_seq": trimmed_seq}
         try:
@@ -254,9 +257,11 @@ class Journal(JournalFile):
                 self._db.executemany(
                     "UPDATE meta SET value = ?2 WHERE key = ?1", list(values.items())
                 )
+                self._db.executemany(_ADD_LOSS, map(msgspec.structs.astuple, losses))
         except apsw.Error as e:
             raise self._write_error(e) from e
         self.last_seq = trimmed_seq
+        self.losses = sorted(losses, key=lambda loss: -loss.first_seq)[:MAX_REMEMBERED_LOSSES]
 
     def save_producers(self) -> None:
         """Write all that is known of producers. Raises JournalError."""
@@ -269,22 +274,35 @@ class Journal(JournalFile):
         except apsw.Error as e:
             raise self._write_error(e) from e
 
-    def record_loss(self, loss: LostRange) -> None:
-        """Keep account of a range that is lost, unless it is known; one at the end moves the end.
-
-        Raises JournalError.
-        """
+    def record_loss(self, loss: LostRange) -> list[LostRange]:
+        """Keep account of what is not known to be lost yet of a range, and return that; a range at
+        the end moves the end. Raises JournalError."""
         try:
             with database.transaction(self._db):
-                self._db.execute(
-                    "INSERT OR IGNORE INTO lost_range VALUES (?,?,?,?,?,?)",
-                    msgspec.structs.astuple(loss),
-                )
+                new = self._unknown_part(loss)
+                self._db.executemany(_ADD_LOSS, map(msgspec.structs.astuple, new))
         except apsw.Error as e:
             raise self._write_error(e) from e
-        if not any(known.first_seq == loss.first_seq for known in self.losses):
-            self.losses.insert(0, loss)
+        self.losses[:0] = reversed(new)
         self.last_seq = max(self.last_seq, loss.last_seq or 0)
+        return new
+
+    def _unknown_part(self, loss: LostRange) -> list[LostRange]:
+        """What no row covers; one of unknown length covers the seq that it begins with."""
+        end = loss.last_seq or loss.first_seq
+        parts: list[LostRange] = []
+        at = loss.first_seq
+        for first, last in self._db.execute(
+            "SELECT first_seq, coalesce(last_seq, first_seq) AS last FROM lost_range"
+            " WHERE first_seq <= ? AND last >= ? ORDER BY first_seq",
+            (end, at),
+        ):
+            if first > at:
+                parts.append(msgspec.structs.replace(loss, first_seq=at, last_seq=first - 1))
+            at = max(at, last + 1)
+        if at <= end:
+            parts.append(msgspec.structs.replace(loss, first_seq=at))
+        return parts
 
     def losses_are_told(self) -> None:
         """The `journal_loss` events of all that is lost are stored. Raises JournalError."""

@@ -134,12 +134,13 @@ def _rebuild(path: Path, db: Path, reason: str, clock: Callable[[], float]) -> P
                 journal_id=_identity(carved, stored_id),
                 epoch=_number(carved, "epoch"),
                 trimmed_seq=trimmed_seq,
+                losses=list(carved.losses.values()),
             )
 
             def lose(first: int, last: int | None) -> None:
-                loss = LostRange(first, last, clock(), reason, aside.name)
-                journal.record_loss(loss)
-                log.error("events %d to %s are lost: %s", first, last or "an unknown end", reason)
+                for new in journal.record_loss(LostRange(first, last, clock(), reason, aside.name)):
+                    until = new.last_seq or "an unknown end"
+                    log.error("events %d to %s are lost: %s", new.first_seq, until, reason)
 
             _copy(carved, pages, journal, lose)
             end = max(carved.end(), last_stored)
@@ -152,7 +153,6 @@ def _rebuild(path: Path, db: Path, reason: str, clock: Callable[[], float]) -> P
             )
     _seal(new, path)
     _finish(path, aside)
-    _marker(path).unlink(missing_ok=True)
     log.warning("recovered %d batches; the damaged file is %s", len(carved.batches), aside)
     return aside
 
@@ -247,6 +247,7 @@ def _finish(path: Path, aside: Path) -> None:
     recovered = path.with_suffix(".recovered")
     if not recovered.exists():
         return
+    _marker(path).unlink(missing_ok=True)  # it is not about this one
     for suffix in ("", "-wal", "-shm"):
         old = Path(f"{path}{suffix}")
         if old.exists():

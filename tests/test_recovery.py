@@ -16,7 +16,7 @@ from disks import small_disk
 from event_bus.carve import Pages, carve, read_batch
 from event_bus.errors import JournalDamaged, JournalError, JournalFull
 from event_bus.journal import DamagedBatch, Journal
-from event_bus.journal_format import PAGE_BYTES, Batch
+from event_bus.journal_format import PAGE_BYTES, Batch, LostRange
 from event_bus.recovery import mark_damaged, open_journal, put_back
 
 TOKEN = "0123456789abcdef0123"
@@ -398,3 +398,75 @@ def test_recovery_without_room_says_so_and_leaves_the_damaged_journal_for_the_ne
         journal = recovered(path)
         assert served(journal) == expected
         journal.close()
+
+
+def damage(path: Path, *first_seqs: int) -> None:
+    db = sqlite3.connect(path)
+    db.executemany(
+        "UPDATE batch SET crc32 = crc32 + 1 WHERE first_seq = ?", [(s,) for s in first_seqs]
+    )
+    db.commit()
+    db.close()
+
+
+def fill_evenly(journal: Journal, batches: int) -> None:
+    """Batches of ten events."""
+    for first in range(journal.last_seq + 1, journal.last_seq + 10 * batches, 10):
+        lines = [line(f'foreign "{n}"'.replace('"', "-"), 20) for n in range(first, first + 10)]
+        journal.append(lines, 10, 1_000.0, runs=[], opaque_ids=[])
+
+
+@pytest.mark.parametrize(
+    "order", [[(11, 20), (11, 30)], [(21, 30), (11, 30)], [(15, 20), (11, 40)]]
+)
+def test_each_lost_event_is_told_once_however_its_damage_is_found(
+    path: Path, order: list[tuple[int, int]]
+) -> None:
+    journal = Journal(path)
+    fill_evenly(journal, 5)
+    new = [journal.record_loss(LostRange(a, b, 1.0, "CRC-32", "f")) for a, b in order]
+    told = [
+        seq for loss in itertools.chain(*new) for seq in range(loss.first_seq, loss.last_seq + 1)
+    ]
+    assert sorted(told) == list(range(11, order[-1][1] + 1))
+    assert journal.record_loss(LostRange(12, order[-1][1], 1.0, "CRC-32", "f")) == []
+    known = sum(loss.events or 0 for loss in journal.losses)
+    assert known == len(told)
+    journal.close()
+    again = Journal(path)
+    assert sum(loss.events or 0 for loss in again.losses) == known
+    again.close()
+
+
+def test_second_recovery_remembers_what_the_first_one_lost(path: Path) -> None:
+    journal = Journal(path)
+    fill_evenly(journal, 6)
+    journal.record_loss(LostRange(11, 20, 2.0, "CRC-32", "journal.db"))
+    journal.record_loss(LostRange(1_000, None, 3.0, "gone", "x"))
+    journal.losses_are_told()
+    journal.close()
+    damage(path, 11, 21)
+    mark_damaged(path, "as found by a test")
+    journal = recovered(path)
+    found = sorted((x.first_seq, x.last_seq, x.told) for x in journal.losses)
+    assert found == [(11, 20, True), (21, 30, False), (1_000, None, True)]
+    assert journal.last_seq == 60
+    journal.losses_are_told()
+    journal.close()
+    mark_damaged(path, "once more")
+    again = recovered(path)
+    assert sorted((x.first_seq, x.last_seq, x.told) for x in again.losses) == [
+        (first, last, True) for first, last, _ in found
+    ]
+    again.close()
+
+
+def test_recovery_that_is_sealed_is_not_made_again(
+    home: Path, path: Path, kept: dict[int, Batch]
+) -> None:
+    shutil.copy(path, home / "journal.recovered")
+    mark_damaged(path, "as found by a test")  # the process died before it could take this away
+    journal = recovered(path)
+    assert journal.recovered == ""
+    assert served(journal) == kept
+    journal.close()
