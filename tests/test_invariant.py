@@ -147,6 +147,18 @@ def test_fault_is_seen(finished: Finished, fault: str) -> None:
     assert re.search(expected, "\n".join(finished.check().breaches)), finished.check()
 
 
+def test_gap_does_not_excuse_a_hole_elsewhere(finished: Finished) -> None:
+    finished.in_database("DELETE FROM _event WHERE n = 5")
+    finished.in_database("INSERT INTO _gap (first_seq, last_seq, found_at) VALUES (1, 3, 0)")
+    assert "1 seqs are missing in the database" in "\n".join(finished.check((1, 3)).breaches)
+
+
+def test_load_that_published_nothing_proves_nothing(finished: Finished) -> None:
+    for field in ("attempted", "returned", "acked"):
+        finished.record[field] = 0
+    assert "nothing was published" in finished.check().breaches
+
+
 def test_gap_that_the_drill_expects_is_allowed(finished: Finished) -> None:
     finished.in_database(
         "INSERT INTO _gap (first_seq, last_seq, found_at)"

@@ -83,7 +83,7 @@ def _serve(trial: Trial, restored: System, directory: Path) -> None:
 def _check(trial: Trial, restored: System, acked: dict[str, int], number: int) -> None:
     settings = restored.settings
     found = invariant.check(
-        journal=settings.journal, db=settings.db, spool=settings.spool, records=[]
+        journal=settings.journal, db=settings.db, spool=settings.spool, records=None
     )
     for text in found.breaches:
         trial.breach(f"backup {number}: {text}")

@@ -10,7 +10,7 @@ import sqlite3
 import time
 from pathlib import Path
 
-from harness import Trial, drill
+from harness import Trial, all_stored, drill
 from invariant import Figures, Verdict
 from system import System, wait_until
 
@@ -41,7 +41,7 @@ def journal_damage(trial: Trial) -> None:
         system.start_bus()
         _emit(system, 100)
         system.start_collector()
-        wait_until(lambda s=system: _all_stored(s), f"all is stored after {hit}", 60)
+        wait_until(lambda s=system: all_stored(s), f"all is stored after {hit}", 60)
         stored = dict(system.sql("SELECT seq, event_id FROM events"))
         gaps = system.sql("SELECT first_seq, last_seq FROM _gap")
         told = system.sql("SELECT first_seq, last_seq FROM journal_loss")
@@ -111,20 +111,6 @@ def _damage(path: Path, rng: random.Random) -> str:
             f.seek(0 if kind == "first page" else rng.randrange(size // PAGE_BYTES) * PAGE_BYTES)
             f.write(bytes(PAGE_BYTES))
     return f"{kind} of {file.name}"
-
-
-def _all_stored(system: System) -> bool:
-    status = system.status(1.0)
-    if status is None or not system.db.exists():
-        return False
-    try:
-        last = system.sql(
-            "SELECT max(coalesce((SELECT max(seq) FROM events), 0),"
-            " coalesce((SELECT max(last_seq) FROM _gap), 0))"
-        )[0][0]
-    except sqlite3.Error:
-        return False
-    return bool(last >= status["last_seq"])
 
 
 @drill(

@@ -81,6 +81,25 @@ def drill(**about: Any) -> Callable[[Callable[[Trial], None]], Callable[[Trial],
     return register
 
 
+def last_stored(system: System) -> int:
+    """The last seq that a system's database has dealt with."""
+    return int(
+        system.sql(
+            "SELECT max(coalesce((SELECT max(seq) FROM events), 0),"
+            " coalesce((SELECT max(last_seq) FROM _gap), 0))"
+        )[0][0]
+    )
+
+
+def all_stored(system: System) -> bool:
+    """True once a system's database has all that its bus has."""
+    status = system.status(1.0)
+    try:
+        return status is not None and last_stored(system) >= status["last_seq"]
+    except sqlite3.Error:  # being made, moved or locked just now
+        return False
+
+
 class Trial:
     """One run of one drill, in a home of its own."""
 
@@ -169,20 +188,18 @@ class Trial:
 
     def all_stored(self) -> bool:
         """True once the database has all that the bus has."""
-        status = self.system.status(1.0)
-        try:
-            return status is not None and self.last_stored() >= status["last_seq"]
-        except sqlite3.Error:
-            return False
+        return all_stored(self.system)
+
+    def problems(self) -> str:
+        """What `bitten status` says is wrong; empty if nothing is."""
+        status = self.system.status()
+        if status is None:
+            return "the bus does not answer"
+        return " ".join(p["message"] for p in status["problems"])
 
     def last_stored(self) -> int:
         """The last seq that the database has dealt with."""
-        return int(
-            self.system.sql(
-                "SELECT max(coalesce((SELECT max(seq) FROM events), 0),"
-                " coalesce((SELECT max(last_seq) FROM _gap), 0))"
-            )[0][0]
-        )
+        return last_stored(self.system)
 
     def check(self) -> Verdict:
         settings = self.system.settings
@@ -190,7 +207,7 @@ class Trial:
             journal=settings.journal,
             db=settings.db,
             spool=settings.spool,
-            records=self.load.records() if self.load else [],
+            records=self.load.records() if self.load else None,
             lost=self.lost,
         )
         return self.verdict

@@ -58,13 +58,14 @@ def check(
     journal: Path,
     db: Path,
     spool: Path,
-    records: Iterable[Record],
+    records: Iterable[Record] | None,
     lost: Iterable[tuple[int, int]] = (),
 ) -> Verdict:
     """Compare everything. Call it when all publishers have ended and both daemons are stopped.
 
     `lost` are ranges of seq that the drill expects to be reported as lost: they may be missing in
-    the database if it names them in `_gap`, and only then.
+    the database if it names them in `_gap`, and only then. `records` is None if the drill has
+    publishers of its own; a load that published nothing is a breach.
     """
     verdict = Verdict()
     lost = list(lost)
@@ -88,8 +89,10 @@ def check(
         _check_journal(log, {s: i for s, i, _ in stored}, gaps, verdict)
     spooled = _spooled(spool)
     by_token = _by_token(stored)
-    for record in records:
+    for record in records or ():
         _check_publisher(record, by_token.get(record.token, []), calls, refused, spooled, verdict)
+    if not (stored if records is None else verdict.figures.published):
+        _breach(verdict, "nothing was published")
     return verdict
 
 
@@ -117,13 +120,11 @@ def _check_seqs(
     for gap in gaps:
         if not any(first <= gap[0] and gap[1] <= last for first, last in lost):
             _breach(verdict, f"the database has an unexpected gap: seq {gap[0]} to {gap[1]}")
-    excused = sum(last - first + 1 for first, last in gaps)
     top = max([seqs[-1] if seqs else 0, *(last for _, last in gaps)])
-    verdict.figures.holes = max(0, top - len(set(seqs)) - excused)
-    if verdict.figures.holes:
-        present = set(seqs)
-        first = next(s for s in range(1, top + 1) if s not in present)
-        _breach(verdict, f"{verdict.figures.holes} seqs are missing in the database, from {first}")
+    missing = set(range(1, top + 1)).difference(seqs, *(range(a, b + 1) for a, b in gaps))
+    verdict.figures.holes = len(missing)
+    if missing:
+        _breach(verdict, f"{len(missing)} seqs are missing in the database, from {min(missing)}")
 
 
 def _check_journal(

@@ -33,7 +33,7 @@ def database_locked(trial: Trial) -> None:
         analyst.execute("BEGIN IMMEDIATE")
         told_s = trial.expect_within(
             ANNOUNCED_S,
-            lambda: "locked" in _problems(trial),
+            lambda: "locked" in trial.problems(),
             "status says that the database is locked",
         )
         time.sleep(trial.seconds(3, 120))
@@ -45,7 +45,7 @@ def database_locked(trial: Trial) -> None:
             lambda at=freed_at: trial.next_stored(at),  # type: ignore[misc]
             "the collector has caught up",
         )
-        trial.expect_within(ANNOUNCED_S, lambda: not _problems(trial), "status says ok again")
+        trial.expect_within(ANNOUNCED_S, lambda: not trial.problems(), "status says ok again")
         trial.note("announced s", round(told_s, 1))
         trial.note("caught up s", round(caught_up_s, 1))
     trial.expect(up.child("collect") == collector, "the collector ended")
@@ -70,18 +70,13 @@ def endless_reader(trial: Trial) -> None:
     grown = WAL_ALARM_BYTES * (1 if trial.short else 2)
     wait_until(lambda: wal.stat().st_size > grown, f"the WAL is over {grown >> 20} MB", 300)
     trial.expect_within(
-        ANNOUNCED_S, lambda: "-wal has" in _problems(trial), "status says that the WAL grows"
+        ANNOUNCED_S, lambda: "-wal has" in trial.problems(), "status says that the WAL grows"
     )
     rows.close()
     reader.close()
     took = trial.expect_within(
         TRUNCATED_S, lambda: wal.stat().st_size <= WAL_ALARM_BYTES, "the WAL is cut"
     )
-    trial.expect_within(ANNOUNCED_S, lambda: not _problems(trial), "status says ok again")
+    trial.expect_within(ANNOUNCED_S, lambda: not trial.problems(), "status says ok again")
     trial.note("WAL MB", grown >> 20)
     trial.note("cut after s", round(took, 1))
-
-
-def _problems(trial: Trial) -> str:
-    status = trial.system.status() or {}
-    return " ".join(p["message"] for p in status.get("problems", []))

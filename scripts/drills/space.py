@@ -113,7 +113,7 @@ def database_disk_full(trial: Trial) -> None:
             with _full(disk) if round_ % 2 == 0 else _limited(collector, system.db):
                 trial.expect_within(
                     ANNOUNCED_S,
-                    lambda: "data_collector" in _problems(trial),
+                    lambda: "data_collector" in trial.problems(),
                     "status says that the collector cannot write",
                 )
                 stored, acked = trial.last_stored(), load.acked()
@@ -154,11 +154,6 @@ def _limited(process: psutil.Process, db: Path) -> Iterator[None]:
         yield
     finally:
         process.rlimit(resource.RLIMIT_FSIZE, before)
-
-
-def _problems(trial: Trial) -> str:
-    status = trial.system.status() or {}
-    return " ".join(p["message"] for p in status.get("problems", []))
 
 
 @drill(

@@ -115,6 +115,6 @@ def _die_in_a_new_home(trial: Trial, fault: str, once: Path) -> None:
         up.kill()
         system.close()
     settings = system.settings
-    verdict = check(journal=settings.journal, db=settings.db, spool=settings.spool, records=[])
+    verdict = check(journal=settings.journal, db=settings.db, spool=settings.spool, records=None)
     for text in verdict.breaches:
         trial.breach(text)
