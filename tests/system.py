@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -86,6 +87,18 @@ class System:
 
     def bitten(self, *argv: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
         return self.run("-m", "event_bus", *argv, **kwargs)
+
+    def on_terminal(self, *argv: str) -> str:
+        """What `bitten argv…` prints when its output is a terminal."""
+        ours, theirs = os.openpty()
+        process = self.popen("-m", "event_bus", *argv, stdout=theirs)
+        os.close(theirs)
+        printed = b""
+        with contextlib.suppress(OSError), open(ours, "rb", buffering=0) as terminal:
+            while chunk := terminal.read(65_536):
+                printed += chunk
+        process.wait(TIMEOUT_S)
+        return printed.decode()
 
     def script(self, code: str, *argv: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
         return self.run("-c", code, *argv, **kwargs)

@@ -292,3 +292,34 @@ def test_schema_change_that_breaks_stored_events_is_refused(bus: System, tmp_pat
         done = bus.bitten("schemas", "check", str(changed))
         assert done.returncode == 2
         assert complaint in done.stderr
+
+
+HOSTILE = "\x1b[31m \x9b31m \x7f \u202e \u2066 \u200e \u200f \u061c \ufeff \u2028 a\nb 📈 ü"
+
+
+def test_hostile_characters_are_escapes_in_json_and_on_a_terminal(bus: System) -> None:
+    bus.start_collector()
+    event = {"event_id": "h", "event_type": "user_action", "timestamp": 1.0, "source": HOSTILE}
+    client = Client(bus.settings)
+    ack = client.publish(json.dumps({**event, "data": {"action": HOSTILE}}).encode() + b"\n")
+    client.close()
+    assert ack["accepted"] == 1
+    bus.wait_stored()
+    query = ("query", "--type", "user_action")
+    printed = {
+        "query --json": bus.bitten(*query, "--json").stdout,
+        "tail --json": bus.bitten(
+            "tail", "--from-seq", "1", "--count", "1", "--json", *query[2:]
+        ).stdout,
+        "table": bus.bitten(*query).stdout,
+        "csv on a terminal": bus.on_terminal(*query, "--csv"),
+    }
+    for name, text in printed.items():
+        bad = {c for c in text if c not in "\r\n" and not c.isprintable()}
+        assert text, name
+        assert not bad, name
+    for name in ("query --json", "tail --json"):
+        found = json.loads(printed[name])
+        assert (found["source"], found["data"]["action"]) == (HOSTILE, HOSTILE)
+    piped = bus.bitten(*query, "--csv").stdout
+    assert HOSTILE in piped  # another program gets what is stored

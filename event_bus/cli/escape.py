@@ -7,7 +7,9 @@ from typing import Any
 
 import msgspec
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_CONTROL = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
 
 
 def printable(value: Any) -> str:
@@ -21,7 +23,7 @@ def printable(value: Any) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """Text of several lines, each `printable`; JSON stays JSON."""
+    """Text of several lines, each `printable`; JSON stays the same JSON."""
     return "\n".join(
         _CONTROL.sub(lambda m: f"\\u{ord(m[0]):04x}", line) for line in text.split("\n")
     )

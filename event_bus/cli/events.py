@@ -188,7 +188,10 @@ def tail(
             click.echo("waiting for events; Ctrl-C ends", err=True)
         try:
             for event in itertools.islice(subscriber, count):
-                click.echo(msgspec.json.encode(event) if as_json else _line(event))
+                if as_json:
+                    print_json(event)
+                else:
+                    click.echo(_line(event))
                 sys.stdout.flush()
         except KeyboardInterrupt:
             return

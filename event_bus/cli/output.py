@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from event_bus.cli.escape import printable
+from event_bus.cli.escape import printable, printable_lines
 
 __all__ = ["When", "clock", "print_csv", "print_json", "print_table", "printable"]
 
@@ -35,7 +35,7 @@ def clock(timestamp: float, *, date: bool = True) -> str:
 
 def print_json(value: Any) -> None:
     """One JSON document on one line."""
-    click.echo(msgspec.json.encode(value, enc_hook=str))
+    click.echo(printable_lines(msgspec.json.encode(value, enc_hook=str).decode()))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = "") -> None:
@@ -60,15 +60,12 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title:
 
 
 def print_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """As it is stored, for another program; on a terminal `printable`."""
+    cell = printable if sys.stdout.isatty() else _csv_cell
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(columns)
+    writer.writerow(map(cell, columns))
     for row in rows:
-        writer.writerow(
-            [
-                msgspec.json.encode(v).decode() if isinstance(v, dict | list) else v
-                for v in (row[c] for c in columns)
-            ]
-        )
+        writer.writerow([cell(row[c]) for c in columns])
 
 
 class When(click.ParamType[float]):
@@ -98,6 +95,10 @@ class When(click.ParamType[float]):
                 param,
                 ctx,
             )
+
+
+def _csv_cell(value: Any) -> Any:
+    return msgspec.json.encode(value).decode() if isinstance(value, dict | list) else value
 
 
 def _is_number(text: str) -> bool:

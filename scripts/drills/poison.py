@@ -194,7 +194,8 @@ HOSTILE = {
     "HTML": "<script>alert(1)</script>",
     "ANSI": "\x1b[2J\x1b]0;owned\x07\x1b[31mred",
     "newlines": "one\ntwo\r\nthree",
-    "direction": "abc\u202edcba\u2066",
+    "direction": "abc\u202edcba\u2066\u200f\u061c",
+    "C1": "\x9b31m",
     "NUL": "a\x00b",
     "format": "%s%n{0}{__class__}",
 }
@@ -233,18 +234,21 @@ def hostile_strings(trial: Trial) -> None:
         system.bitten(*command, timeout=60)
         for command in (
             ("query", "--type", "user_action", "--limit", "50"),
-            ("query", "--type", "user_action", "--limit", "50", "--csv"),
+            ("query", "--type", "user_action", "--limit", "50", "--json"),
             ("tail", "--from-seq", "1", "--count", "20", "user_action"),
+            ("tail", "--from-seq", "1", "--count", "20", "--json", "user_action"),
             *(("stats",), ("status",), ("audit",), ("doctor",)),
         )
     ]
-    for done in shown:
-        text = done.stdout + done.stderr
+    csv = ("query", "--type", "user_action", "--limit", "50", "--csv")
+    for command, text in [
+        *((" ".join(done.args[3:]), done.stdout + done.stderr) for done in shown),
+        (f"{' '.join(csv)} on a terminal", system.on_terminal(*csv)),
+    ]:
         if trial.planted:
             text += HOSTILE["ANSI"]
         bad = sorted({c for c in text if c not in "\n\r\t" and not c.isprintable()})
-        quoted = done.args[-1] == "--csv"  # bytes for another program
-        trial.expect(quoted or not bad, f"{' '.join(done.args[3:])} prints {bad}")
+        trial.expect(not bad, f"{command} prints {bad}")
     trial.settle()
     trial.check()
     for name, text in HOSTILE.items():
