@@ -94,7 +94,7 @@ class System:
         process = self.popen("-m", "event_bus", *argv, stdout=theirs)
         os.close(theirs)
         printed = b""
-        with contextlib.suppress(OSError), open(ours, "rb", buffering=0) as terminal:
+        with contextlib.suppress(OSError), os.fdopen(ours, "rb", 0) as terminal:
             while chunk := terminal.read(65_536):
                 printed += chunk
         process.wait(TIMEOUT_S)
