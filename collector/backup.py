@@ -192,9 +192,12 @@ def _check_space(target: Path, settings: Settings, sources: list[Path]) -> None:
 
 
 def _free_name(folder: Path, moment: float) -> Path:
-    while (path := folder / m.name_at(moment)).exists():
+    """The time, or the second after the latest backup where several came within a second."""
+    taken = {path.name for path in m.backups(folder)}
+    soon = {m.name_at(moment + second) for second in range(60)} & taken
+    while soon and m.name_at(moment) <= max(soon):
         moment += 1
-    return path
+    return folder / m.name_at(moment)
 
 
 def _prune(folder: Path, keep: int, made: Path) -> list[Path]:

@@ -345,6 +345,8 @@ def test_damaged_database_of_another_journal_gives_no_rows(older: System) -> Non
         db.execute("UPDATE _meta SET value = 'another' WHERE key = 'journal_id'")
     db.close()
     overwrite_middle(older.db)
+    # As it lies there after it was found damaged: found later, it is refused for its journal.
+    older.db.rename(f"{older.db}.corrupt-20260101T000000.000000Z")
     first_seq = (older.status() or {})["first_seq"]
     collector = older.start_collector()
     assert f"events 1 to {first_seq - 1} can" in said(collector, "can no longer be stored")
