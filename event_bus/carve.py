@@ -84,7 +84,7 @@ class Pages:
 class Carved(msgspec.Struct):
     """What a damaged journal still says. `batches` has the place of each intact one (page, cell,
     number of events) by its first seq, `claims` the number of events of those that are known to
-    have been there."""
+    have been there, 0 if it is not known."""
 
     meta: dict[str, Any]
     batches: dict[int, tuple[int, int, int]]
@@ -93,11 +93,13 @@ class Carved(msgspec.Struct):
     consumers: dict[str, tuple[int, float]]
     losses: dict[int, LostRange]
 
-    def end(self) -> int:
-        """The last seq that the journal is known to have had; 0 if nothing is known."""
+    def end(self, *, is_exact: bool = False) -> int:
+        """The last seq that the journal is known to have had; 0 if nothing is known. With
+        `is_exact`, as far as batches say themselves how long they were."""
         last = max((first + place[2] - 1 for first, place in self.batches.items()), default=0)
         for first, count in sorted(self.claims.items()):
-            if last < first <= last + MAX_GROUP_EVENTS and 0 < count <= MAX_GROUP_EVENTS:
+            count = count or int(not is_exact)
+            if last < first <= last + MAX_GROUP_EVENTS and count:
                 last = first + count - 1
         return last
 
@@ -134,7 +136,8 @@ def _take_row(carved: Carved, rowid: int, record: list[Any], place: tuple[int, i
         if _is_batch(rowid, record):
             carved.batches[rowid] = (*place, record[1])
         else:
-            carved.claims.setdefault(rowid, record[1])
+            count = record[1] if 0 < record[1] <= MAX_GROUP_EVENTS else 0
+            carved.claims[rowid] = max(count, carved.claims.get(rowid, 0))
     elif len(record) == 6 and isinstance(record[1], str) and _TOKEN.fullmatch(record[1]):
         _, token, last_n, forgotten_n, last_seen, report = record
         known = carved.producers.get(token)
@@ -167,7 +170,7 @@ def _take_loss(carved: Carved, first_seq: int, record: list[Any]) -> None:
 
 def _take_index_row(carved: Carved, record: list[Any]) -> None:
     if len(record) == 2 and isinstance(record[0], float) and isinstance(record[1], int):
-        carved.claims.setdefault(record[1], 1)  # batch_received_at
+        carved.claims.setdefault(record[1], 0)  # batch_received_at
     elif (
         len(record) == 3
         and isinstance(record[0], str)

@@ -20,12 +20,16 @@ import apsw
 import msgspec
 
 from event_bus import database
-from event_bus.carve import Carved, Pages, carve, read_batch
+from event_bus.carve import MAX_GROUP_EVENTS, MAX_SEQ, Carved, Pages, carve, read_batch
 from event_bus.errors import JournalDamaged, JournalError, JournalFailed
 from event_bus.journal import Journal
 from event_bus.journal_format import LostRange, Run
 
 log = logging.getLogger(__name__)
+
+SPARE_SEQS = 4 * MAX_GROUP_EVENTS
+"""Not given out where the end of the journal is gone: more than a collector can have fetched and
+not stored yet, so that no seq becomes two events."""
 
 _EVENT_ID = re.compile(rb'^\{"event_id":("(?:[^"\\]|\\.)*")', re.MULTILINE)
 _NATIVE_ID = re.compile(r"([0-9a-f]{20})-([1-9][0-9]{0,17})")
@@ -44,7 +48,9 @@ def open_journal(path: Path, db: Path, clock: Callable[[], float] = time.time) -
         if reason is None:
             fresh = not path.exists() or path.stat().st_size == 0
             try:
-                return Journal(path, create=fresh or _last_stored(db)[0] == 0)
+                journal = Journal(path, create=fresh or _last_stored(db)[0] == 0)
+                _go_on_after_what_was_read(journal, db, clock)
+                return journal
             except JournalDamaged as e:
                 reason = str(e.args[0])  # without the hint: this is the next start
         log.error("recovering the journal: %s", reason)
@@ -102,20 +108,46 @@ def _missing(path: Path, db: Path) -> str | None:
 
 
 def _last_stored(db: Path) -> tuple[int, str | None]:
-    """The last seq in the events database, and the journal it came from; 0 if it cannot be had."""
-    try:
+    """The last seq of which the events database has account, as the collector counts it, and the
+    journal it came from; 0 if it cannot be had."""
+    found: list[Any] = []
+    with contextlib.suppress(apsw.Error):
         connection = database.connect(db, database.READ_ONLY, busy_timeout_ms=500)
-        try:
-            rows = connection.execute("SELECT seq FROM events ORDER BY seq DESC LIMIT 1").fetchall()
-            named = connection.execute(
-                "SELECT value FROM _meta WHERE key = 'journal_id'"
-            ).fetchall()
-        finally:
-            connection.close()
-    except apsw.Error:
-        return 0, None
-    last: Any = rows[0][0] if rows else 0
-    return last, str(named[0][0]) if named else None
+        for sql in (
+            "SELECT max(seq) FROM _event",
+            "SELECT max(last_seq) FROM _gap",
+            "SELECT value FROM _meta WHERE key = 'journal_id'",
+        ):
+            try:
+                row = connection.execute(sql).fetchone()
+            except apsw.Error:  # the others may still be readable
+                row = None
+            found.append(row[0] if row else None)
+        connection.close()
+    event, gap, journal_id = found or (0, 0, None)
+    return max(event or 0, gap or 0), None if journal_id is None else str(journal_id)
+
+
+def _go_on_after_what_was_read(journal: Journal, db: Path, clock: Callable[[], float]) -> None:
+    """A sound journal may end too early: its -wal is gone, or it is an older copy."""
+    last_stored, stored_id = _last_stored(db)
+    if stored_id not in (None, journal.journal_id):
+        return  # another bus's database; the collector says so
+    end = max([last_stored, *(next_seq - 1 for next_seq, _ in journal.consumers().values())])
+    if end <= journal.last_seq:
+        return
+    reason = f"it ends at {journal.last_seq}, but events up to {end} were read of it"
+    for first, last, why in _lost_tail(journal.last_seq, end, reason):
+        log.error("%s: events %d to %d are lost: %s", journal.path, first, last, why)
+        journal.record_loss(LostRange(first, last, clock(), why, journal.path.name))
+
+
+def _lost_tail(last_seq: int, end: int, reason: str) -> list[tuple[int, int, str]]:
+    """(first seq, last seq, reason) of what is lost after `last_seq`, of a journal that is known
+    to have had `end`."""
+    spare = f"nobody knows whether there were any: these seqs are not given out; {reason}"
+    tail = [(last_seq + 1, end, reason), (end + 1, end + SPARE_SEQS, spare)]
+    return [lost for lost in tail if lost[0] <= lost[1]]
 
 
 def _rebuild(path: Path, db: Path, reason: str, clock: Callable[[], float]) -> Path:
@@ -125,7 +157,8 @@ def _rebuild(path: Path, db: Path, reason: str, clock: Callable[[], float]) -> P
     aside = _aside(path, "corrupt", clock)
     with Pages(path) as pages:
         carved = carve(pages)
-        origin_seq, trimmed_seq = _beginning(carved, last_stored)
+        proven, end = _ends(carved, last_stored)
+        origin_seq, trimmed_seq = _beginning(carved, last_stored, end)
         with (
             contextlib.closing(Journal(new, origin_seq=origin_seq)) as journal,
             journal.filling(),
@@ -137,17 +170,19 @@ def _rebuild(path: Path, db: Path, reason: str, clock: Callable[[], float]) -> P
                 losses=list(carved.losses.values()),
             )
 
-            def lose(first: int, last: int | None) -> None:
-                for new in journal.record_loss(LostRange(first, last, clock(), reason, aside.name)):
+            def lose(first: int, last: int | None, why: str = reason) -> None:
+                for new in journal.record_loss(LostRange(first, last, clock(), why, aside.name)):
                     until = new.last_seq or "an unknown end"
-                    log.error("events %d to %s are lost: %s", new.first_seq, until, reason)
+                    log.error("events %d to %s are lost: %s", new.first_seq, until, why)
 
             _copy(carved, pages, journal, lose)
-            end = max(carved.end(), last_stored)
-            if end > journal.last_seq:
-                lose(journal.last_seq + 1, end)
+            if journal.last_seq < proven:  # what was lost at its end, or damaged there
+                lose(journal.last_seq + 1, proven)
             if not carved.batches and not carved.end():
-                lose(journal.last_seq + 1, None)
+                lose(end + 1, None)
+            if end > max(proven, journal.last_seq):
+                for lost in _lost_tail(journal.last_seq, end, reason):
+                    lose(*lost)
             journal.save_consumers(
                 {n: c for n, c in carved.consumers.items() if 0 < c[0] <= journal.last_seq + 1}
             )
@@ -157,7 +192,16 @@ def _rebuild(path: Path, db: Path, reason: str, clock: Callable[[], float]) -> P
     return aside
 
 
-def _beginning(carved: Carved, last_stored: int) -> tuple[int, int]:
+def _ends(carved: Carved, last_stored: int) -> tuple[int, int]:
+    """Up to where the journal proves itself what it had, and up to where it is known to have had
+    something: by an index, by the database, by whoever read it."""
+    lost = [loss.last_seq or 0 for loss in carved.losses.values()]
+    proven = max([_number(carved, "trimmed_seq"), carved.end(is_exact=True), *lost])
+    read = [seq - 1 for seq, _ in carved.consumers.values() if seq < MAX_SEQ]
+    return proven, max([proven, carved.end(), last_stored, *read])
+
+
+def _beginning(carved: Carved, last_stored: int, end: int) -> tuple[int, int]:
     """(origin_seq, trimmed_seq) of the new journal."""
     origin_seq = max(1, _number(carved, "origin_seq"))
     first = min(carved.batches, default=0)
@@ -173,7 +217,7 @@ def _beginning(carved: Carved, last_stored: int) -> tuple[int, int]:
                 trimmed = first_seq - 1
             end = first_seq + place[2]
     elif not first and not trimmed:  # nothing is known of it: a new count
-        return last_stored + 1, last_stored
+        return end + SPARE_SEQS + 1, end + SPARE_SEQS
     return origin_seq, trimmed
 
 
@@ -230,7 +274,7 @@ def _identity(carved: Carved, stored_id: str | None) -> str | None:
 
 def _number(carved: Carved, key: str) -> int:
     value = carved.meta.get(key)
-    return value if isinstance(value, int) and 0 <= value < 1 << 48 else 0
+    return value if isinstance(value, int) and 0 <= value < MAX_SEQ else 0
 
 
 def _seal(new: Path, path: Path) -> None:

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 from disks import small_disk
+from system import System
 
 from event_bus.carve import Pages, carve, read_batch
 from event_bus.errors import JournalDamaged, JournalError, JournalFull
 from event_bus.journal import DamagedBatch, Journal
 from event_bus.journal_format import PAGE_BYTES, Batch, LostRange
-from event_bus.recovery import mark_damaged, open_journal, put_back
+from event_bus.recovery import SPARE_SEQS, mark_damaged, open_journal, put_back
 
 TOKEN = "0123456789abcdef0123"
 
@@ -266,9 +267,10 @@ def test_truncated_journal_goes_on_after_what_it_is_known_to_have_had(
 
 def events_database(home: Path, last_seq: int) -> None:
     db = sqlite3.connect(home / "bitten_events.db")
-    db.execute("CREATE TABLE events (seq)")
+    db.execute("CREATE TABLE _event (seq)")
+    db.execute("CREATE TABLE _gap (last_seq)")
     db.execute("CREATE TABLE _meta (key, value)")
-    db.execute("INSERT INTO events VALUES (?)", (last_seq,))
+    db.execute("INSERT INTO _event VALUES (?)", (last_seq,))
     db.commit()
     db.close()
 
@@ -288,14 +290,15 @@ def test_nothing_left_of_a_journal_goes_on_after_what_the_database_holds(
         db.execute("PRAGMA journal_mode=WAL")
         db.close()
     journal = recovered(path)
-    assert (journal.origin_seq, journal.first_seq, journal.last_seq) == (5_001, 5_001, 5_000)
+    origin = 5_001 + SPARE_SEQS  # a collector may store what it fetched before
+    assert (journal.origin_seq, journal.first_seq, journal.last_seq) == (origin, origin, origin - 1)
     (loss,) = journal.losses
     assert (loss.first_seq, loss.last_seq) == (5_001, None)
-    assert journal.append([b"a\n"], 1, 0.0, runs=[], opaque_ids=[]) == 5_001
+    assert journal.append([b"a\n"], 1, 0.0, runs=[], opaque_ids=[]) == origin
     journal.close()
     assert len(list(home.glob("journal.db.corrupt-*"))) == (damage != "missing")
     again = recovered(path)
-    assert (again.origin_seq, again.last_seq, again.recovered) == (5_001, 5_001, "")
+    assert (again.origin_seq, again.last_seq, again.recovered) == (origin, origin, "")
     again.close()
 
 
@@ -312,7 +315,7 @@ def test_seq_goes_on_after_the_database_if_it_holds_more_than_is_left(
     mark_damaged(path, "as found by a test")
     journal = recovered(path)
     assert served(journal) == kept
-    assert journal.last_seq == 9_000
+    assert journal.last_seq == 9_000 + SPARE_SEQS
     assert journal.origin_seq == 1
     journal.close()
 
@@ -470,3 +473,100 @@ def test_recovery_that_is_sealed_is_not_made_again(
     assert journal.recovered == ""
     assert served(journal) == kept
     journal.close()
+
+
+def test_sound_journal_that_ends_before_the_database_never_gives_out_a_seq_again(
+    home: Path, path: Path, kept: dict[int, Batch]
+) -> None:
+    journal = Journal(path)
+    last, identity = journal.last_seq, journal.journal_id
+    journal.close()
+    events_database(home, last + 70)
+    journal = recovered(path)
+    assert (journal.journal_id, journal.last_seq) == (identity, last + 70 + SPARE_SEQS)
+    assert served(journal) == kept
+    spare, lost = journal.losses
+    assert (lost.first_seq, lost.last_seq) == (last + 1, last + 70)
+    assert f"ends at {last}" in lost.reason
+    assert (spare.first_seq, spare.last_seq) == (last + 71, last + 70 + SPARE_SEQS)
+    journal.close()
+    again = recovered(path)
+    assert again.losses == [spare, lost]
+    again.close()
+
+
+def test_database_of_another_bus_says_nothing_about_a_sound_journal(
+    home: Path, path: Path, kept: dict[int, Batch]
+) -> None:
+    events_database(home, 5_000)
+    db = sqlite3.connect(home / "bitten_events.db")
+    db.execute("INSERT INTO _meta VALUES ('journal_id', 'another')")
+    db.commit()
+    db.close()
+    journal = recovered(path)
+    assert journal.losses == []
+    journal.close()
+
+
+def test_gap_at_the_end_of_the_database_counts_as_much_as_an_event(home: Path, path: Path) -> None:
+    events_database(home, 100)
+    db = sqlite3.connect(home / "bitten_events.db")
+    db.execute("INSERT INTO _gap VALUES (150)")
+    db.commit()
+    db.close()
+    journal = recovered(path)
+    assert journal.origin_seq > 150
+    journal.close()
+
+
+def test_recovery_goes_on_after_what_a_durable_consumer_has_read(
+    path: Path, kept: dict[int, Batch]
+) -> None:
+    journal = Journal(path)
+    last = journal.last_seq
+    journal.save_consumers({"reader": (last + 41, 5.0)})
+    journal.close()
+    mark_damaged(path, "as found by a test")
+    journal = recovered(path)
+    assert served(journal) == kept
+    assert journal.last_seq == last + 40 + SPARE_SEQS
+    assert [(x.first_seq, x.last_seq) for x in reversed(journal.losses)] == [
+        (last + 1, last + 40),
+        (last + 41, last + 40 + SPARE_SEQS),
+    ]
+    assert journal.consumers() == {"reader": (last + 41, 5.0)}
+    journal.close()
+    mark_damaged(path, "once more")
+    again = recovered(path)
+    assert again.last_seq == last + 40 + SPARE_SEQS
+    again.close()
+
+
+PUBLISH = """
+import sys
+from event_bus import event_bridge
+for i in range(int(sys.argv[1])):
+    event_bridge.market_data({"symbol": "EURUSD", "bid": i + 1, "ask": i + 2})
+sys.exit(not event_bridge.flush(30))
+"""
+
+
+def test_bus_started_without_its_wal_loses_no_acknowledged_event_unseen(system: System) -> None:
+    bus = system.start_bus()
+    collector = system.start_collector()
+    assert system.script(PUBLISH, "1000").returncode == 0
+    stored = system.wait_stored()
+    bus.kill()
+    bus.wait()
+    Path(f"{system.settings.journal}-wal").unlink()
+    system.start_bus()
+    assert system.script(PUBLISH, "3000").returncode == 0
+    assert system.wait_stored() > stored + SPARE_SEQS
+    assert collector.poll() is None
+    count = "SELECT count(*) FROM events WHERE event_type = 'market_data'"
+    assert system.sql(count) == [(4_000,)]
+    first = system.sql("SELECT min(first_seq), max(last_seq) FROM journal_loss")[0]
+    assert first[1] >= stored + SPARE_SEQS
+    status = system.status()
+    assert status is not None
+    assert "journal_damaged" in [p["code"] for p in status["problems"]]
