@@ -118,8 +118,9 @@ class Delivery:
             self._socket.linger = 0
             self._socket.immediate = True  # queue for a broker that is there, not for the next one
             self._socket.reconnect_ivl = -1
-            keys.use_client_key(self._socket, self._bridge.settings.keys)
-            self._socket.connect(self._bridge.settings.ingress_url)
+            settings = self._bridge.settings
+            keys.use_client_key(self._socket, settings.keys, settings.ingress_url)
+            self._socket.connect(settings.ingress_url)
         except (zmq.ZMQError, KeysError) as e:
             self._cannot_connect(str(e))
 

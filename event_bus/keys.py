@@ -7,9 +7,12 @@ this home's own processes, and `bus.key` is how they know the bus.
 
 from __future__ import annotations
 
+import ipaddress
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from event_bus.errors import KeysError
 
@@ -51,20 +54,22 @@ def make_pair(directory: Path, name: str) -> str:
                 f"{path} exists already", hint="move it away first if it is to be replaced"
             )
     make_directory(directory)
+    umask = os.umask(0o077)
     try:
         for written in auth.create_certificates(directory, name):
-            Path(written).chmod(0o600)
+            Path(written).chmod(0o600)  # whatever the directory's default rights
     except OSError as e:
         raise KeysError(f"cannot make a key in {directory}: {e.strerror}") from e
+    finally:
+        os.umask(umask)
     return read_public(directory, name)
 
 
 def make_directory(directory: Path) -> None:
-    """Raises KeysError."""
+    """A directory for its owner alone, also if it was there with wider rights. Raises KeysError."""
     try:
-        if not directory.exists():
-            directory.mkdir(mode=0o700, parents=True)
-            directory.chmod(0o700)  # whatever the umask
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.chmod(0o700)
     except OSError as e:
         raise KeysError(f"cannot create {directory}: {e.strerror}") from e
 
@@ -75,6 +80,17 @@ def public_file(directory: Path, name: str) -> Path:
 
 def secret_file(directory: Path, name: str) -> Path:
     return directory / f"{name}.key_secret"
+
+
+def is_loopback(url: str) -> bool:
+    """Whether only this machine can reach `url`; a name that says nothing of it cannot."""
+    if not url.startswith("tcp://"):
+        return url.startswith("ipc://")
+    try:
+        host = urlsplit(url).hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # `*`, an interface, a host name
+        return False
 
 
 def has_bus_key(directory: Path) -> bool:
@@ -103,13 +119,20 @@ def use_bus_key(socket: zmq.Socket[Any], directory: Path, domain: str) -> None:
     socket.zap_enforce_domain = True  # without a handler libzmq would let everybody in
 
 
-def use_client_key(socket: zmq.Socket[Any], directory: Path) -> None:
-    """Give a client's socket, not connected yet, this home's key; nothing if it has none.
+def use_client_key(socket: zmq.Socket[Any], directory: Path, url: str) -> None:
+    """Give a client's socket this home's key, before it connects to `url`; nothing if it has none.
 
-    Raises KeysError if one of the two files is missing or cannot be read.
+    Raises KeysError if one of the two files is missing or cannot be read, and if there is none
+    and `url` is on another machine: nothing goes there in clear.
     """
     secret_path, bus_path = secret_file(directory, CLIENT), public_file(directory, BUS)
     if not secret_path.exists() and not bus_path.exists():
+        if not is_loopback(url):
+            raise KeysError(
+                f"{url} is beyond this machine, and there is no key for it in {directory}:"
+                " whoever is on the way could read and change everything",
+                hint="put client.key_secret and bus.key there (`bitten keys --help`)",
+            )
         return
     public, secret = _read(secret_path, secret=True)
     bus, _ = _read(bus_path)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import resource
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import psutil
 import zmq
@@ -38,22 +36,11 @@ PROBE_TIMEOUT_MS = 3_500
 BACKLOG = 1_024
 
 
-def is_loopback(url: str) -> bool:
-    """Whether only this machine can reach `url`; a name that says nothing of it cannot."""
-    if not url.startswith("tcp://"):
-        return url.startswith("ipc://")
-    try:
-        host = urlsplit(url).hostname or ""
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # `*`, an interface, a host name
-        return False
-
-
 def check_exposure(settings: Settings, *, has_keys: bool) -> None:
     """Raise StartError if other machines could reach the bus without a key."""
     for name in ("events_url", "ingress_url"):
         url = getattr(settings, name)
-        if not has_keys and not is_loopback(url):
+        if not has_keys and not keys.is_loopback(url):
             raise StartError(
                 f"{name} is {url}, which other machines can reach, and there is no key for the bus"
                 f" in {settings.keys}: whoever reaches it could read and publish everything",

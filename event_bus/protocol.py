@@ -96,15 +96,15 @@ def raise_error(body: bytes) -> None:
 class Client:
     """A connection to the broker's ingress port, for one thread. Close it when done.
 
-    `bus` is the settings of a home, whose key is used if it has one, or the address of a bus
-    without keys. Raises KeysError if the key cannot be used. While it waits, anything to read from
+    The home's key is used if it has one; without one there is no connection beyond this machine.
+    Raises KeysError if the key cannot be used or is missing. While it waits, anything to read from
     the descriptor `interrupt_fd` makes it raise InterruptedError. It notices at once when a bus
     that has answered before is gone.
     """
 
-    def __init__(self, bus: Settings | str, *, interrupt_fd: int | None = None) -> None:
-        self.url = bus if isinstance(bus, str) else bus.ingress_url
-        self._keys = None if isinstance(bus, str) else bus.keys
+    def __init__(self, settings: Settings, *, interrupt_fd: int | None = None) -> None:
+        self.url = settings.ingress_url
+        self._keys = settings.keys
         self._context: zmq.Context[Any] = zmq.Context.instance()
         self._interrupt_fd = interrupt_fd
         self._ids = itertools.count(1)
@@ -114,8 +114,7 @@ class Client:
         self.socket = self._context.socket(zmq.DEALER)
         self.socket.linger = 0
         try:
-            if self._keys is not None:
-                keys.use_client_key(self.socket, self._keys)
+            keys.use_client_key(self.socket, self._keys, self.url)
         except BaseException:
             self.socket.close()
             raise

@@ -279,7 +279,11 @@ class Subscriber:
     def _async_socket(self) -> zmq.asyncio.Socket:
         socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
         socket.linger = 0
-        keys.use_client_key(socket, self._settings.keys)
+        try:
+            keys.use_client_key(socket, self._settings.keys, self._settings.ingress_url)
+        except BaseException:
+            socket.close()
+            raise
         socket.connect(self._settings.ingress_url)
         return socket
 

@@ -170,7 +170,7 @@ def test_what_waits_in_memory_is_lost_when_its_process_is_killed(rested: System)
 
 def test_refused_rejected_and_conflicting_events_are_told_apart(bus: System) -> None:
     bus.start_collector()
-    client = Client(bus.settings.ingress_url)
+    client = Client(bus.settings)
     assert client.publish(lines(TOKEN, 1, 3))["accepted"] == 3
     assert client.publish(lines(TOKEN, 4, 5, event_type="heartbeat"))["rejected"] == 2
     assert client.publish(lines(TOKEN, 4, 5, event_type="heartbeat"))["rejected"] == 2
@@ -201,7 +201,7 @@ def test_a_killed_process_is_named_with_what_it_had_in_memory(bus: System) -> No
     gone = bus.popen("-c", "pass")
     gone.wait()
     report = {"source": "killed", "pid": gone.pid, "emitted": 9, "acked": 2, "dropped": 0}
-    client = Client(bus.settings.ingress_url)
+    client = Client(bus.settings)
     client.receive(
         client.send(b"publish", lines(TOKEN, 1, 5), msgspec.json.encode(report)), timeout_s=5
     )

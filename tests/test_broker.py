@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ class Running:
         )
         self.thread = threading.Thread(target=self.broker.run)
         self.thread.start()
-        self.client = Client(self.broker.ingress_url)
+        self.reached = replace(self.settings, ingress_url=self.broker.ingress_url)
+        self.client = Client(self.reached)
         wait_until(lambda: self.client.status()["last_seq"], "its own first event is stored")
 
     def publish(self, *lines: bytes) -> dict[str, Any]:
@@ -240,7 +242,7 @@ def test_fetch_returns_what_was_sent_and_waits_for_more(start: Start) -> None:
     reply, events = bus.fetch(from_seq=1)
     assert [e["event_id"] for e in events][-2:] == ["1", "2"]
     assert sum(head.count for head in reply.batches) == len(events) == reply.last_seq
-    other = Client(bus.broker.ingress_url)
+    other = Client(bus.reached)
     waiting = other.send(protocol.FETCH, b'{"wait_ms":20000}')
     also_waiting = other.send(protocol.FETCH, b'{"wait_ms":20000}')
     wait_until(lambda: other.status(), "the requests before it have arrived")
@@ -462,7 +464,7 @@ def test_second_bus_on_the_same_home_is_refused_and_names_the_first(bus: System)
 
 
 def test_sigterm_ends_the_bus_with_exit_code_0(bus: System) -> None:
-    client = Client(bus.settings.ingress_url)
+    client = Client(bus.settings)
     assert client.publish(line("1"))["accepted"] == 1
     client.close()
     bus.processes[0].send_signal(signal.SIGTERM)
@@ -480,7 +482,7 @@ def test_full_disk_is_refused_aloud_and_the_bus_goes_on_when_there_is_room(
         ballast.write_bytes(bytes(2_000_000))
         try:
             process = system.start_bus()
-            client = Client(system.settings.ingress_url)
+            client = Client(system.settings)
             accepted = 0
             with pytest.raises(BusRefused, match="no space left") as caught:
                 for n in range(100):
@@ -503,7 +505,7 @@ def test_full_disk_is_refused_aloud_and_the_bus_goes_on_when_there_is_room(
 
 
 def test_id_that_continues_the_buss_own_is_refused(bus: System) -> None:
-    client = Client(bus.settings.ingress_url)
+    client = Client(bus.settings)
     reply = client.receive(client.send(protocol.FETCH, b'{"from_seq":1}'), 5.0)
     (own,) = envelope.decode_lines(reply[1])
     token = own.event_id.partition("-")[0]
@@ -523,7 +525,7 @@ def test_what_was_on_its_way_does_not_pass_what_a_full_disk_refused(tmp_path: Pa
         ballast.write_bytes(bytes(2_000_000))
         try:
             system.start_bus()
-            client = Client(system.settings.ingress_url)
+            client = Client(system.settings)
             n = 0
             with pytest.raises(BusRefused, match="no space left"):
                 while n < 100:
@@ -551,7 +553,7 @@ def test_spool_of_a_dead_process_waits_for_room_without_a_busy_loop(tmp_path: Pa
         ballast.write_bytes(bytes(5_000_000))
         try:
             system.start_bus()
-            with contextlib.closing(Client(system.settings.ingress_url)) as client:
+            with contextlib.closing(Client(system.settings)) as client:
                 wait_until(lambda: client.status()["state"] == "storage_full", "the disk is full")
                 first = psutil.Process(system.processes[0].pid).cpu_times()
                 began = time.monotonic()
@@ -602,7 +604,7 @@ def test_journal_found_broken_while_running_is_recovered_by_the_next_start(
     system: System,
 ) -> None:
     process = system.start_bus()
-    client = Client(system.settings.ingress_url)
+    client = Client(system.settings)
     for n in range(300):
         assert client.publish(line(f"id-{n}", action="x" * 5_000))["accepted"] == 1
     journal = system.settings.journal
@@ -636,7 +638,7 @@ def test_journal_found_broken_while_running_is_recovered_by_the_next_start(
 
 
 def test_journal_removed_under_the_bus_is_put_back_and_nothing_acked_is_lost(bus: System) -> None:
-    client = Client(bus.settings.ingress_url)
+    client = Client(bus.settings)
     for n in range(100):
         assert client.publish(line(f"id-{n}"))["accepted"] == 1
     for path in bus.home.glob("journal.db*"):
@@ -652,8 +654,8 @@ def test_journal_removed_under_the_bus_is_put_back_and_nothing_acked_is_lost(bus
 
 
 def test_bus_that_was_stopped_takes_what_came_meanwhile_and_misses_nobody(bus: System) -> None:
-    client = Client(bus.settings.ingress_url)
-    reader = Client(bus.settings.ingress_url)
+    client = Client(bus.settings)
+    reader = Client(bus.settings)
     reader.receive(reader.send(protocol.FETCH, b'{"from_seq":1,"consumer":"reader"}'), 5)
     bus.processes[0].send_signal(signal.SIGSTOP)
     sent = [client.send(protocol.PUBLISH, line(f"id-{n}")) for n in range(50)]

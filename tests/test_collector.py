@@ -35,7 +35,7 @@ def publish(system: System, count: int, event_type: str = "market_data") -> None
         Envelope(event_id=f"{token}-{n}", event_type=event_type, timestamp=float(n), data=data)
         for n in range(1, count + 1)
     ]
-    client = Client(system.settings.ingress_url)
+    client = Client(system.settings)
     try:
         ack = client.publish(envelope.encode_lines(events))
     finally:

@@ -107,7 +107,7 @@ def test_database_removed_while_it_is_open_is_there_again(
 
 def test_killed_bus_is_noticed_before_the_patience_ends(bus: System) -> None:
     (process,) = bus.processes
-    client = Client(bus.settings.ingress_url)
+    client = Client(bus.settings)
     last = client.status()["last_seq"]
     body = msgspec.json.encode(FetchRequest(from_seq=last + 1, wait_ms=30_000))
     request = client.send(protocol.FETCH, body)

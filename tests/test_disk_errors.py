@@ -64,7 +64,7 @@ def failing_fsync(bus: System) -> Iterator[System]:
 
 def test_failed_fsync_is_never_acknowledged_and_ends_the_bus(failing_fsync: System) -> None:
     bus = failing_fsync
-    client = Client(bus.settings.ingress_url)
+    client = Client(bus.settings)
     with pytest.raises(BusRefused, match=r"cannot write .*journal\.db: disk I/O error") as caught:
         client.publish(line("during"))
     assert caught.value.code == "storage_failed"

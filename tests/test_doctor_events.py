@@ -279,7 +279,7 @@ def test_collector_that_asks_another_address_is_a_fault(bus: System) -> None:
 
 
 def ask_as(system: System, consumer: str, **more: Any) -> None:
-    client = Client(system.settings.ingress_url)
+    client = Client(system.settings)
     body = b'{"from_seq": 1, "consumer": "%b"' % consumer.encode()
     for key, value in more.items():
         body += b', "%b": "%b"' % (key.encode(), value.encode())

@@ -112,7 +112,7 @@ def test_consumer_that_stops_asking_is_reported_and_stored_at_once_and_cleared(
 
 def test_consumers_own_words_reach_status_and_its_exit_code(bus: System) -> None:
     assert bus.bitten("status").returncode == 0
-    client = Client(bus.settings.ingress_url)
+    client = Client(bus.settings)
     report = {"consumer": "c", "stored_seq": 1, "problem": "database is locked\x1b[2J"}
     client.receive(client.send(b"fetch", json.dumps(report).encode()), 5.0)
     client.close()
@@ -135,7 +135,7 @@ def test_full_disk_is_over_by_itself_when_there_is_room_and_is_told_afterwards(
         ballast.write_bytes(bytes(2_000_000))
         try:
             system.start_bus()
-            client = Client(system.settings.ingress_url)
+            client = Client(system.settings)
             with pytest.raises(BusRefused, match="no space left"):
                 for n in range(100):
                     client.publish(line(str(n), action="x" * 100_000))

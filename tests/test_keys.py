@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,7 +79,7 @@ def test_broken_key_file_is_one_clear_line(
         (tmp_path / "client.key_secret").write_bytes(content)
     socket = zmq.Context.instance().socket(zmq.DEALER)
     with pytest.raises(KeysError, match=reason) as e:
-        keys.use_client_key(socket, tmp_path)
+        keys.use_client_key(socket, tmp_path, LOOPBACK)
     assert "client.key_secret" in str(e.value)
     assert "\n" not in str(e.value)
     socket.close()
@@ -85,10 +87,44 @@ def test_broken_key_file_is_one_clear_line(
 
 def test_home_without_keys_is_left_alone(tmp_path: Path) -> None:
     socket = zmq.Context.instance().socket(zmq.DEALER)
-    keys.use_client_key(socket, tmp_path / "nowhere")
+    keys.use_client_key(socket, tmp_path / "nowhere", LOOPBACK)
     assert socket.mechanism == zmq.NULL
     socket.close()
 
+
+@pytest.mark.parametrize("host", ["10.8.0.1", "0.0.0.0", "[2001:db8::1]", "bus.example"])
+def test_home_without_keys_says_nothing_beyond_this_machine(tmp_path: Path, host: str) -> None:
+    with (
+        contextlib.closing(zmq.Context.instance().socket(zmq.DEALER)) as socket,
+        pytest.raises(KeysError, match="beyond this machine"),
+    ):
+        keys.use_client_key(socket, tmp_path, f"tcp://{host}:5571")
+
+
+def test_keys_directory_that_others_could_read_is_closed_before_a_secret_is_in_it(
+    tmp_path: Path,
+) -> None:
+    directory = tmp_path / "keys"
+    directory.mkdir()
+    directory.chmod(0o755)
+    seen: list[int] = []
+
+    def look(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "os.chmod" and str(arguments[0]).endswith("_secret"):
+            seen.append(Path(str(arguments[0])).stat().st_mode & 0o777)
+
+    before = os.umask(0)
+    try:
+        sys.addaudithook(look)
+        keys.make_pair(directory, keys.BUS)
+    finally:
+        os.umask(before)
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert seen == [0o600]
+    assert os.umask(before) == before
+
+
+LOOPBACK = "tcp://127.0.0.1:5571"
 
 GOOD = f"""
 feed:

@@ -64,7 +64,7 @@ def test_poison_as_a_tenth_of_raw_batches_is_kept_aside_and_costs_no_good_event(
     system: System,
 ) -> None:
     bus, collector = system.start_bus(), system.start_collector()
-    client = Client(system.settings.ingress_url)
+    client = Client(system.settings)
     acks = dict.fromkeys(("accepted", "duplicates", "rejected", "conflicts"), 0)
     poison = list(POISON.values())
     sent: list[tuple[bytes, str]] = []
@@ -202,7 +202,7 @@ def test_hostile_text_is_stored_byte_for_byte_and_escaped_in_every_output(system
         for e, text in zip(events, NASTY, strict=True)
     ]
     batch = b"".join(json.dumps(e).encode() + b"\n" for e in [*events, *refused])
-    client = Client(system.settings.ingress_url)
+    client = Client(system.settings)
     report = json.dumps({"source": NASTY[3], "pid": NASTY[4]}).encode()
     ack = client.receive(client.send(b"publish", batch, report), 10.0)
     assert json.loads(ack[0])["accepted"] == len(events)
@@ -279,7 +279,7 @@ def test_duplicate_storm_over_restarts_is_stored_once_and_changed_content_is_a_c
         bus = system.start_bus()
         if life == 0:
             system.start_collector()
-        client = Client(system.settings.ingress_url)
+        client = Client(system.settings)
         for _ in range(TIMES // 4):
             for name, count in client.publish(storm, timeout_s=30).items():
                 if name in counts:

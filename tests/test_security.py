@@ -17,7 +17,7 @@ import zmq
 from conftest import System, free_port, wait_until
 
 from event_bus import keys, protocol
-from event_bus.errors import BusRefused, BusUnavailable
+from event_bus.errors import BusRefused, BusUnavailable, KeysError
 from event_bus.protocol import Client
 from event_bus.subscriber import Subscriber
 
@@ -51,7 +51,7 @@ def subscribe() -> Iterator[Callable[..., zmq.Socket[Any]]]:
             context = zmq.Context.instance()
             socket = closing.enter_context(context.socket(zmq.SUB if prefixes else zmq.XSUB))
             socket.linger = 0
-            keys.use_client_key(socket, home.settings.keys)
+            keys.use_client_key(socket, home.settings.keys, home.settings.events_url)
             for prefix in prefixes:
                 socket.subscribe(prefix)
             socket.connect(home.settings.events_url)
@@ -419,8 +419,27 @@ def test_every_part_of_the_product_connects_with_the_homes_key() -> None:
                 assert "use_client_key" in path.read_text(), path
 
 
+def test_nothing_goes_to_another_machine_in_clear(system: System) -> None:
+    with contextlib.closing(zmq.Context.instance().socket(zmq.ROUTER)) as stranger:
+        port = stranger.bind_to_random_port("tcp://0.0.0.0")
+        system.environ["BITTEN_INGRESS_URL"] = f"tcp://0.0.0.0:{port}"
+        done = system.script(
+            "from event_bus import event_bridge as b; b.user_action({'action': 'login'})"
+        )
+        assert (done.returncode, done.stdout) == (0, "")
+        assert "beyond this machine" in done.stderr
+        assert [path.stat().st_size > 0 for path in system.settings.spool.glob("*.ndjson")] == [
+            True
+        ]
+        with pytest.raises(KeysError, match="beyond this machine"):
+            Client(system.settings)
+        status = system.bitten("status")
+        assert (status.returncode, status.stderr.count("\n")) == (4, 1)
+        assert not stranger.poll(0)
+
+
 def test_home_without_keys_has_a_bus_for_everybody_on_the_machine(bus: System) -> None:
-    with contextlib.closing(Client(bus.settings.ingress_url)) as client:
+    with contextlib.closing(Client(bus.settings)) as client:
         assert client.status()["state"] == "ok"
 
 

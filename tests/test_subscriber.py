@@ -43,7 +43,7 @@ class Publisher:
         self._thread.start()
 
     def _run(self) -> None:
-        client = Client(self.bus.settings.ingress_url)
+        client = Client(self.bus.settings)
         while not self._stopping.is_set():
             body = batch(*range(self.sent + 1, self.sent + 51))
             while True:
@@ -63,7 +63,7 @@ class Publisher:
 
 @pytest.fixture
 def client(bus: System) -> Iterator[Client]:
-    made = Client(bus.settings.ingress_url)
+    made = Client(bus.settings)
     yield made
     made.close()
 
@@ -252,7 +252,7 @@ def test_next_seq_passes_events_that_were_not_asked_for(bus: System, client: Cli
 def test_start_before_the_journal_raises_with_the_range(system: System, collect: Collect) -> None:
     system.environ["BITTEN_JOURNAL_MAX_BYTES"] = "1"
     system.start_bus()
-    client = Client(system.settings.ingress_url)
+    client = Client(system.settings)
     for n in range(1, 4):
         client.publish(batch(n))
     system.processes[0].send_signal(signal.SIGTERM)

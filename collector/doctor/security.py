@@ -7,7 +7,7 @@ from pathlib import Path
 
 from collector.doctor.context import Context
 from collector.doctor.finding import Finding, fault, ok
-from event_bus.ports import is_loopback
+from event_bus.keys import has_bus_key, is_loopback
 
 
 def exposure(context: Context) -> Iterator[Finding]:
@@ -17,7 +17,7 @@ def exposure(context: Context) -> Iterator[Finding]:
         urls |= {context.status["ingress_url"], context.status["events_url"]}
     yield judge_exposure(
         sorted(url for url in urls if not is_loopback(url)),
-        keys=settings.home / "keys",
+        keys=settings.keys,
         bitten=context.bitten,
     )
 
@@ -25,7 +25,7 @@ def exposure(context: Context) -> Iterator[Finding]:
 def judge_exposure(open_urls: list[str], *, keys: Path, bitten: str) -> Finding:
     if not open_urls:
         return ok("the ports are reachable from this machine only")
-    if (keys / "bus.key_secret").exists():
+    if has_bus_key(keys):
         return ok(f"{', '.join(open_urls)} can be reached by others, with a key")
     return fault(
         f"{', '.join(open_urls)} can be reached by others, without a key",

@@ -39,7 +39,7 @@ def duplicates(trial: Trial) -> None:
     trial.rng.shuffle(sends)
     batches = [sends[i : i + BATCH] for i in range(0, len(sends), BATCH)]
     kill_at = {len(batches) * k // 4 for k in (1, 2, 3)}
-    client = Client(trial.system.settings.ingress_url)
+    client = Client(trial.system.settings)
     for i, batch in enumerate(batches):
         if i in kill_at:
             up.signal("bus", signal.SIGKILL)

@@ -41,7 +41,7 @@ class Peer:
         self._sub.subscribe(b"bitten.")
         for topic in topics:
             self._sub.subscribe(topic.encode())
-        self._client = Client(settings.ingress_url)
+        self._client = Client(settings)
         self.next_seq = from_seq
         self.seen: list[tuple[int, str]] = []
         self.latency_s: list[float] = []

@@ -106,7 +106,7 @@ class Probe:
         status = trial.system.status()
         assert status is not None
         self._pid = status["pid"]
-        self._client = Client(trial.system.settings.ingress_url)
+        self._client = Client(trial.system.settings)
         self._waits = OwnWaits()
         self._token = envelope.new_producer()
         self._n = 0
