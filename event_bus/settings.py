@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -13,6 +14,9 @@ from event_bus.errors import SettingsError
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
+_MAX_SHOWN = 300
+_NULL = "tag:yaml.org,2002:null"
+_LINES = "expected are lines such as `journal_max_age_s: 86400`"
 
 
 def _boolean(value: Any) -> bool:
@@ -22,12 +26,12 @@ def _boolean(value: Any) -> bool:
     return text in _TRUE
 
 
-def _path(value: Any) -> Path:
+def _path(value: Any, start: Path = Path()) -> Path:
     text = str(value)
     if "\0" in text:
         raise ValueError("expected the path of a file")
     try:
-        return Path(text).expanduser().absolute()
+        return (start / Path(text).expanduser()).absolute()
     except RuntimeError:
         raise ValueError(f"there is no user {text.partition('/')[0][1:]}") from None
 
@@ -43,14 +47,14 @@ def _url(value: Any) -> str:
 def _positive(value: Any) -> int:
     text = str(value).replace("_", "")
     if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) == 0:
-        raise ValueError("expected a whole number above 0")
+        raise ValueError("expected a whole number above 0, of up to 18 digits")
     return int(text)
 
 
 def _whole(value: Any) -> int:
     text = str(value).replace("_", "")
     if not re.fullmatch(r"[0-9]{1,18}", text):
-        raise ValueError("expected a whole number, 0 or above")
+        raise ValueError("expected a whole number, 0 or above, of up to 18 digits")
     return int(text)
 
 
@@ -59,6 +63,15 @@ def _source(value: Any) -> str:
     if len(text) > 255 or not text.isprintable():
         raise ValueError("expected a name of up to 255 printable characters")
     return text
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A value in config.yaml, and where it is."""
+
+    file: Path
+    number: int
+    value: str
 
 
 def _setting(default: Any, parse: Callable[[Any], Any], text: str) -> Any:
@@ -105,10 +118,10 @@ class Settings:
         Raises SettingsError naming the flag, variable or file and what was expected.
         """
         environ = os.environ if environ is None else environ
-        home = _pick("home", flags, environ, {}, None) or _default_home()
+        home = _pick("home", flags, environ, {}, None, Path()) or _default_home()
         config = _config_file(home / "config.yaml")
         values = {
-            f.name: _pick(f.name, flags, environ, config, f.default)
+            f.name: _pick(f.name, flags, environ, config, f.default, home)
             for f in fields(cls)
             if f.name != "home"
         }
@@ -155,23 +168,32 @@ def _pick(
     name: str,
     flags: Mapping[str, Any],
     environ: Mapping[str, str],
-    config: Mapping[str, Any],
+    config: Mapping[str, _Line],
     default: Any,
+    home: Path,
 ) -> Any:
     variable = f"BITTEN_{name.upper()}"
+    parse = Settings.__dataclass_fields__[name].metadata["parse"]
     if flags.get(name) is not None:
         where, value = f"--{name.replace('_', '-')}", flags[name]
     elif environ.get(variable):
         where, value = variable, environ[variable]
-    elif config.get(name) is not None:
-        where, value = f"{name} in config.yaml", config[name]
+    elif name in config:
+        line = config[name]
+        where, value = f"{name} in {line.file}, line {line.number},", line.value
+        if parse is _path:  # the daemons of a home are started from anywhere
+            parse = functools.partial(_path, start=home)
     else:
         return default
-    parse = Settings.__dataclass_fields__[name].metadata["parse"]
     try:
         return parse(value)
     except ValueError as e:
-        raise SettingsError(f"{where} is {value!r}: {e}") from e
+        raise SettingsError(f"{where} is {_shown(value)}: {e}") from e
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 
 def _default_home() -> Path:
@@ -181,7 +203,8 @@ def _default_home() -> Path:
         raise SettingsError("there is no home directory", hint="set BITTEN_HOME") from e
 
 
-def _config_file(path: Path) -> dict[str, Any]:
+def _config_file(path: Path) -> dict[str, _Line]:
+    """The lines that have a value."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -194,16 +217,36 @@ def _config_file(path: Path) -> dict[str, Any]:
         raise SettingsError(f"cannot read {path}: {e}") from e
     import yaml  # only homes with a config.yaml pay for it
 
+    # Values stay text: YAML's own dates and octal numbers are nothing that a setting knows.
     try:
-        config = yaml.safe_load(text)
+        root = yaml.compose(text, yaml.SafeLoader)
+    except RecursionError as e:
+        raise SettingsError(f"{path} is nested too deeply") from e
+    except yaml.MarkedYAMLError as e:
+        line = f", line {e.problem_mark.line + 1}," if e.problem_mark else ""
+        raise SettingsError(f"{path}{line} is not YAML: {e.problem or e.context}") from e
     except yaml.YAMLError as e:
         raise SettingsError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
-    config = {} if config is None else config
+    if root is None or root.tag == _NULL:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise SettingsError(f"{path} has no settings", hint=_LINES)
     known = {f.name for f in fields(Settings)} - {"home"}
-    if not isinstance(config, dict) or not known.issuperset(config):
-        names = set(config) - known if isinstance(config, dict) else {type(config).__name__}
+    unknown = [
+        k for k, _ in root.value if not isinstance(k, yaml.ScalarNode) or k.value not in known
+    ]
+    if unknown:
+        names = ", ".join(k.value if isinstance(k, yaml.ScalarNode) else k.id for k in unknown)
         raise SettingsError(
-            f"{path}: unknown setting {', '.join(sorted(map(str, names)))}",
+            f"{path}, line {unknown[0].start_mark.line + 1}: unknown setting {names}",
             hint=f"known are {', '.join(sorted(known))}",
         )
+    config = {}
+    for key, node in root.value:
+        number = node.start_mark.line + 1
+        if not isinstance(node, yaml.ScalarNode):
+            kind = "list" if isinstance(node, yaml.SequenceNode) else "mapping"
+            raise SettingsError(f"{key.value} in {path}, line {number}, is a {kind}", hint=_LINES)
+        if node.tag != _NULL:
+            config[key.value] = _Line(path, number, node.value)
     return config

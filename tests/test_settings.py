@@ -76,19 +76,29 @@ def test_error_names_the_variable_and_what_was_expected(
 def test_error_names_the_flag_or_the_config_file(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"^--events-url is 'x': expected"):
         load(tmp_path, events_url="x")
-    with pytest.raises(SettingsError, match=r"^enabled in config\.yaml is 7: expected"):
-        load(tmp_path, config="enabled: 7")
+    with pytest.raises(
+        SettingsError, match=r"^enabled in .*config\.yaml, line 2, is '7': expected"
+    ):
+        load(tmp_path, config="source: x\nenabled: 7")
 
 
 @pytest.mark.parametrize(
     ("config", "complaint"),
     [
-        ("sauce: x", r"config\.yaml: unknown setting sauce; known are .* db, enabled, "),
+        ("sauce: x", r"config\.yaml, line 1: unknown setting sauce; known are .* db, enabled, "),
         ("home: /x", "unknown setting home"),
-        ("- a", "unknown setting list"),
-        ("a: [", r"config\.yaml is not YAML"),
+        ("- a", r"config\.yaml has no settings; expected are lines such as"),
+        ("db: [a]", r"db in .*config\.yaml, line 1, is a list; expected are lines such as"),
+        ("source: x\ndb: {a: b}", r"line 2, is a mapping"),
+        ("[a]: b", "unknown setting sequence"),
+        ("journal_max_age_s: 2026-13-45", r"line 1, is '2026-13-45': expected a whole number"),
+        ("journal_max_age_s: 2026-01-02", r"line 1, is '2026-01-02': expected a whole number"),
+        ("journal_max_age_s: " + "9" * 5_000, r"is '9{299}…: .* of up to 18 digits$"),
+        ("[" * 100_000, r"config\.yaml is nested too deeply"),
+        ("a: [", r"config\.yaml, line 1, is not YAML: "),
+        ("a: \x01", r"config\.yaml is not YAML: "),
         ("1: 2", "unknown setting 1"),
-        ("1: 2\n?\nsauce: x", "unknown setting 1, None, sauce"),
+        ("1: 2\n?\nsauce: x", "line 1: unknown setting 1, , sauce"),
     ],
 )
 def test_config_file_that_cannot_be_used_is_named(
@@ -97,6 +107,17 @@ def test_config_file_that_cannot_be_used_is_named(
     with pytest.raises(SettingsError, match=complaint) as caught:
         load(tmp_path, config=config)
     assert "\n" not in str(caught.value)
+
+
+def test_relative_path_in_the_config_file_begins_at_the_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir("/")
+    home = tmp_path / "home"
+    settings = load(home, config="db: data/x.db\nbackup_dir: ~/copies")
+    assert settings.db == home / "data" / "x.db"
+    assert settings.backup_dir == Path.home() / "copies"
+    assert load(home, environ={"BITTEN_DB": "x.db"}).db == Path("/x.db")
 
 
 def test_config_file_that_is_no_text_is_named(tmp_path: Path) -> None:
