@@ -7,12 +7,16 @@ import io
 import json
 import signal
 import sqlite3
+import subprocess
+import sys
+import threading
 import time
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import msgspec
 import pytest
+import zmq
 from conftest import System, wait_until
 
 from event_bus import protocol
@@ -20,6 +24,34 @@ from event_bus.protocol import Client, FetchRequest
 
 TICK = '{"symbol": "EURUSD", "bid": 1.0845, "ask": 1.0847}'
 COMMANDS = sorted(entry_points(group="bitten.commands").names)
+
+
+class Responder:
+    """Answers every request with an error, as a bus does that cannot write."""
+
+    error = b""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+            socket.linger = 0
+            socket.bind(self._url)
+            while not self._ends.is_set():
+                if socket.poll(50):
+                    who, _, request_id, *_ = socket.recv_multipart()
+                    socket.send_multipart([who, protocol.ERROR, request_id, self.error])
+
+    def __enter__(self) -> Responder:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._ends.set()
+        self._thread.join()
 
 
 @pytest.fixture
@@ -67,6 +99,53 @@ def test_emit_names_the_lines_of_standard_input_that_are_refused(bus: System) ->
     assert done.stdout == "2 events, 2 refused\n"
     assert "line 3: not JSON" in done.stderr
     assert "line 4: data.bid of market_data: -1 is less than" in done.stderr
+
+
+def test_emit_says_what_the_bus_refused_and_prints_no_id(system: System) -> None:
+    system.bitten("keys", "new")
+    system.bitten("keys", "allow", "client", "--publish", "market_data", "--subscribe", "*")
+    system.start_bus()
+    done = system.bitten("emit", "user_action", "action=x")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "bitten: this key may not publish user_action\n"
+    done = system.bitten("emit", "user_action", input='{"action": "x"}\n')
+    assert (done.returncode, done.stdout) == (1, "0 events, 1 refused\n")
+    done = system.bitten("emit", "user_action", "action=x", "--json")
+    assert json.loads(done.stdout)["bus_reason"] == "this key may not publish user_action"
+
+
+def test_emit_tells_a_bus_that_refuses_from_one_that_is_away(system: System) -> None:
+    class Full(Responder):
+        error = b'{"code": "storage_full", "message": "no space left for the journal"}'
+
+    with Full(system.settings.ingress_url):
+        done = system.bitten("emit", "user_action", "action=x")
+    assert done.returncode == 3
+    assert "does not take events: no space left for the journal; 1 events wait in" in done.stderr
+    assert "does not answer" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("query",), ("query", "--csv"), ("stats", "--json")])
+def test_output_that_cannot_be_written_is_told_in_one_line(
+    filled: System, arguments: tuple[str, ...]
+) -> None:
+    command = [sys.executable, "-m", "event_bus", *arguments]
+    with open("/dev/full", "wb") as full:  # noqa: PTH123 - as the shell does
+        done = subprocess.run(
+            command, env=filled.environ, stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 4
+    assert done.stderr == b"bitten: cannot write the output: No space left on device\n"
+
+
+@pytest.mark.parametrize("command", ["audit", "stats", "query", "status", "doctor"])
+def test_closed_output_is_told_in_one_line(filled: System, command: str) -> None:
+    line = f'"{sys.executable}" -m event_bus {command} >&-'
+    done = subprocess.run(
+        ["sh", "-c", line], env=filled.environ, stderr=subprocess.PIPE, check=False
+    )
+    assert done.returncode == 4
+    assert done.stderr == b"bitten: cannot write the output: Bad file descriptor\n"
 
 
 def test_emit_reports_as_json(bus: System) -> None:

@@ -72,37 +72,49 @@ def emit(
         if bridge.stats()["waiting"] > MAX_WAITING:
             bridge.flush(FLUSH_S)
     delivered = bridge.flush(FLUSH_S)
+    connected = bridge.connected
     bridge.close()
     stats = bridge.stats()
     accepted = [i for i in ids if i is not None]
+    refused_by_bus, bus_reason = stats["refused_by_bus"], bridge.reasons.get("refused by the bus")
+    if bus_reason and not as_json:
+        click.echo(f"bitten: {printable(bus_reason)}", err=True)
     if as_json:
         print_json(
             {
                 "event_ids": accepted,
                 "refused": bridge.refusals,
-                "refused_by_bus": stats["refused_by_bus"],
+                "refused_by_bus": refused_by_bus,
+                "bus_reason": bus_reason,
                 "delivered": delivered,
             }
         )
-    elif data:
+    elif not data:
+        refused = len(bridge.refusals) + refused_by_bus
+        click.echo(f"{max(0, len(accepted) - refused_by_bus)} events, {refused} refused")
+    elif not refused_by_bus and not stats["dropped"]:
         for event_id in accepted:
             click.echo(event_id)
-    else:
-        click.echo(f"{len(accepted)} events, {len(bridge.refusals)} refused")
+    problem = bridge.reasons.get("delivery") or bridge.reasons.get("connect")
+    bus = f"the event bus at {settings.ingress_url}"
+    bus += " does not take events" if connected else " does not answer"
     if stats["dropped"]:
         lost = min(stats["dropped"], len(accepted))
+        why = bridge.reasons.get("problem") or stats["last_error"] or "there is no room for them"
         raise StartError(
-            f"{lost} events are lost: the event bus at {settings.ingress_url} does not answer,"
-            f" and {stats['last_error'] or 'there is no room for them'}",
-            hint=f"make {settings.home} writable, or set BITTEN_HOME",
+            f"{lost} events are lost: {bus}{f' ({problem})' if problem else ''}, and {why}",
+            hint=f"make room in {settings.home}, make it writable, or set BITTEN_HOME",
         )
     if not delivered:
+        hint = "they are delivered when it starts: `bitten up` or `pm2 start pm2_config.json`"
+        if problem:
+            hint = "they are delivered when it does; `bitten doctor` says what to do"
         raise BusUnavailable(
-            f"the event bus at {settings.ingress_url} does not answer;"
+            f"{bus}{f': {problem}' if problem else ''};"
             f" {len(accepted)} events wait in {settings.spool}",
-            hint="they are delivered when it starts: `bitten up` or `pm2 start pm2_config.json`",
+            hint=hint,
         )
-    sys.exit(1 if bridge.refusals or stats["refused_by_bus"] else 0)
+    sys.exit(1 if bridge.refusals or refused_by_bus else 0)
 
 
 class _Emitter(Bridge):
@@ -114,6 +126,12 @@ class _Emitter(Bridge):
         self.source = settings.source or "bitten"
         self.enabled = True
         self.refusals: list[dict[str, Any]] = []
+        self.reasons: dict[Any, str] = {}
+        """The last warning of each kind, without what every one of them begins with."""
+
+    def warn(self, kind: Any, message: str) -> None:
+        self.reasons[kind] = message.partition(": ")[2]
+        super().warn(kind, message)
 
     def refuse(self, error: Exception, event_type: Any, data: Any, fields: dict[str, Any]) -> None:
         self.refusals.append({"reason": str(error)})

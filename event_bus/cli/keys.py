@@ -99,6 +99,12 @@ def allow(
     """
     keys.check_name(name)
     allowed = _read(settings)
+    if not publish and not subscribe:
+        now = allowed.get(name, Rights(name, "", (), ()))
+        raise click.UsageError(
+            "give its rights with --publish or --subscribe; now it may publish"
+            f" {_list(now.publish)} and read {_list(now.subscribe)}"
+        )
     if public_key is None:
         if keys.public_file(settings.keys, name).exists():
             public_key = keys.read_public(settings.keys, name)

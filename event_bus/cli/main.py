@@ -6,6 +6,7 @@ collector's commands come in without the bus importing the collector.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -19,6 +20,9 @@ from event_bus.cli.escape import printable
 from event_bus.errors import BittenError, SettingsError
 from event_bus.settings import Settings
 from event_bus.version import __version__
+
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
+"""How a write to a terminal, a pipe or a file fails."""
 
 
 class CommandGroup(click.Group):
@@ -87,8 +91,13 @@ class _Escaping(logging.Formatter):
 def main() -> None:
     """Run the command line and exit with the code its epilog lists."""
     debug = "--debug" in sys.argv
+    _open_outputs()
     try:
-        code = cli.main(prog_name="bitten", standalone_mode=False)
+        try:
+            code = cli.main(prog_name="bitten", standalone_mode=False)
+        except SystemExit as e:
+            code = e.code
+        sys.stdout.flush()
     except BittenError as e:
         if debug:
             raise
@@ -100,6 +109,27 @@ def main() -> None:
     except click.Abort:
         code = 130
     except BrokenPipeError:  # `bitten query | head`
-        sys.stderr.close()
+        _discard_output()
         code = 141
+    except OSError as e:
+        if debug or e.filename is not None or e.errno not in _UNWRITABLE:
+            raise
+        click.echo(f"bitten: cannot write the output: {e.strerror}", err=True)
+        _discard_output()
+        code = 4
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _open_outputs() -> None:
+    """What the shell closed (`>&-`) is there again: standard output to fail when written to."""
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+
+
+def _discard_output() -> None:
+    """Python writes what is left when it ends, and complains if it cannot."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
