@@ -23,7 +23,7 @@ from collector.ledger import Account, Held, Known, Range
 from collector.reader import Reader
 from collector.spooled import Spooled, read_spools
 from collector.tally import Count, Tally, gaps, journal_losses
-from event_bus import protocol
+from event_bus import database, protocol
 from event_bus.errors import BusUnavailable, DatabaseError
 from event_bus.protocol import Client
 from event_bus.settings import Settings
@@ -80,6 +80,11 @@ def audit(settings: Settings, *, full: bool = False, accept: bool = False) -> Le
     found are no news from now on. Raises DatabaseError if there is no database or it cannot be
     compared, JournalError if the journal cannot be read.
     """
+    if not settings.journal.exists() and _bus_may_run(settings):
+        raise DatabaseError(
+            f"{settings.journal} was removed under the bus",
+            hint="do not stop the bus: it puts the file back by itself; ask again in some seconds",
+        )
     if not settings.journal.exists():
         raise DatabaseError(
             f"there is no journal at {settings.journal} yet", hint="start the bus: `bitten up`"
@@ -105,7 +110,9 @@ def audit(settings: Settings, *, full: bool = False, accept: bool = False) -> Le
                 told = journal_losses(reader.db)
                 ranges = [*gaps(reader.db, 1, stored_seq), *tally.faults]
         except apsw.Error as e:
-            raise DatabaseError(f"cannot read {settings.db}: {e}") from e
+            raise DatabaseError(
+                f"cannot read {settings.db}: {e}", hint=database.reading_hint(e)
+            ) from e
         unstored = journal.unstored(stored_seq + 1)
     status = _answer(client, request) if client else None
     vouched.save(settings.home, opening, journal.journal_id, tally)

@@ -124,7 +124,7 @@ class JournalView:
             yield
         except (apsw.Error, KeyError) as e:
             raise JournalError(
-                f"cannot read {self.path}: {e}", hint="check its owner and rights"
+                f"cannot read {self.path}: {e}", hint=database.reading_hint(e)
             ) from e
 
 

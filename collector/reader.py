@@ -50,9 +50,7 @@ class Reader:
             blank = is_blank(self.db)
             made = self.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'events'").fetchone()
         except apsw.Error as e:
-            raise DatabaseError(
-                f"cannot read {path}: {e}", hint="check its owner and rights"
-            ) from e
+            raise DatabaseError(f"cannot read {path}: {e}", hint=database.reading_hint(e)) from e
         if blank:
             raise self._nothing()
         check_version(self.db, path)
@@ -101,7 +99,9 @@ class Reader:
                 result.append(dict(zip(names, row, strict=True)))
             return result
         except apsw.Error as e:
-            raise DatabaseError(f"cannot read {self.path}: {e}") from e
+            raise DatabaseError(
+                f"cannot read {self.path}: {e}", hint=database.reading_hint(e)
+            ) from e
 
     def last_seq(self) -> int:
         """Everything up to here is stored or recorded as a gap."""

@@ -26,6 +26,17 @@ def connect(
     return db
 
 
+def reading_hint(error: Exception) -> str:
+    """What to do about a file that cannot be read, by the kind of the error."""
+    if isinstance(error, apsw.CantOpenError | apsw.PermissionsError | apsw.ReadOnlyError):
+        return "check its owner and rights"
+    if isinstance(error, apsw.NotADBError | apsw.CorruptError | apsw.SQLError | KeyError):
+        return "it is damaged, or another file; `bitten doctor` says what to do"
+    if isinstance(error, apsw.BusyError):
+        return "end the other program's transaction"
+    return "check the disk"
+
+
 @contextlib.contextmanager
 def transaction(db: apsw.Connection) -> Iterator[None]:
     """All that is written within, or nothing. Raises apsw.Error.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import socket
 import time
@@ -48,7 +49,10 @@ def test_settings_that_cannot_be_used_are_what_it_finds(system: System) -> None:
     assert (finding["check"], finding["level"]) == ("settings", "fault")
     assert "unknown setting journal" in finding["what"]
     assert "journal_max_bytes" in finding["remedy"]
+    assert finding["command"].endswith("cat ${BITTEN_HOME:-~/.bitten}/config.yaml")
     assert system.bitten("stats").returncode == 2
+    done = system.bitten("--home", str(system.home), "doctor", env={"BITTEN_HOME": "/nowhere"})
+    assert f"cat {system.home}/config.yaml" in done.stdout
 
 
 def test_flags_are_in_the_command_to_copy(system: System) -> None:
@@ -101,7 +105,77 @@ def test_port_that_is_taken_is_named_with_its_owner(
 def test_bus_of_another_home_is_told_apart(bus: System) -> None:
     bus.environ["BITTEN_HOME"] = str(bus.home.with_name("other"))
     finding = only(bus, "bus")
-    assert finding.command == f"export BITTEN_HOME={bus.home}"
+    assert finding.command == f"bitten --home {bus.home} status"
+    assert findings(bus, "journal") == []
+
+
+def test_status_of_another_homes_bus_is_not_ok(bus: System) -> None:
+    bus.environ["BITTEN_HOME"] = str(bus.home.with_name("other"))
+    done = bus.bitten("status")
+    assert done.returncode == 1
+    assert f"another home's: it keeps its files in {bus.home}" in done.stdout
+    assert json.loads(bus.bitten("status", "--json").stdout)["state"] == "another_home"
+
+
+def test_key_that_cannot_be_used_is_no_reason_to_end_the_bus(bus: System) -> None:
+    bus.bitten("keys", "new")
+    finding = only(bus, "bus")  # the bus was started before
+    assert "does not let this home's key in" in finding.what
+    assert "kill" not in finding.command + finding.remedy
+    secret = bus.settings.keys / "client.key_secret"
+    secret.write_text("junk")
+    finding = only(bus, "bus")
+    assert f"cannot use the key {secret}" in finding.what
+    assert "kill" not in finding.command + finding.remedy
+
+
+def test_key_of_another_home_is_no_reason_to_end_the_bus(system: System, tmp_path: Path) -> None:
+    other = System(tmp_path / "other")
+    for home in (system, other):
+        home.bitten("keys", "new")
+    process = system.popen("-m", "event_bus", "bus")
+    wait_until(system.status, "the bus answers")
+    for name in ("bus.key", "client.key", "client.key_secret"):
+        shutil.copy(other.settings.keys / name, system.settings.keys / name)
+    finding = only(system, "bus")
+    assert "does not let this home's key in" in finding.what
+    assert "kill" not in finding.command + finding.remedy
+    assert process.poll() is None
+
+
+def test_bus_that_takes_connections_and_does_not_answer_is_to_be_ended(system: System) -> None:
+    hanging = system.popen(
+        "-c",
+        "import time, zmq; from event_bus.lock import FileLock;"
+        " from event_bus.settings import Settings; s = Settings.load(); s.make_home();"
+        " lock = FileLock(s.home / 'bus.lock', 'x'); socket = zmq.Context().socket(zmq.ROUTER);"
+        " socket.bind(s.ingress_url); print(flush=True); time.sleep(60)",
+    )
+    assert hanging.stdout is not None
+    hanging.stdout.readline()
+    finding = only(system, "bus")
+    assert "it hangs" in finding.why
+    assert finding.command == f"kill {hanging.pid}"
+
+
+def test_home_of_a_second_machine_is_judged_as_a_clients(system: System) -> None:
+    system.bitten("keys", "new")
+    (system.settings.keys / "bus.key_secret").unlink()
+    system.environ["BITTEN_INGRESS_URL"] = "tcp://192.0.2.1:5571"
+    system.environ["BITTEN_EVENTS_URL"] = "tcp://192.0.2.1:5570"
+    assert system.bitten("emit", "user_action", "action=x").returncode == 3
+    found = {f.check: f for f in findings(system) if f.check not in MACHINE}
+    assert set(found) == {"bus", "spool"}
+    assert "the bus of another machine, at tcp://192.0.2.1:5571" in found["bus"].what
+    assert not any("bitten up" in f.remedy + f.command for f in found.values())
+
+
+def test_problem_of_the_bus_comes_with_the_command_of_its_remedy(system: System) -> None:
+    system.bitten("keys", "new")
+    system.start_bus()
+    (system.settings.keys / "allowed.yaml").write_text("client: [")
+    wait_until(lambda: findings(system, "bus-problems"), "the bus says so")
+    assert only(system, "bus-problems").command.endswith(" keys list")
 
 
 def test_subscribers_that_listen_elsewhere_are_told_where_events_are(bus: System) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import shutil
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 from conftest import System, wait_until
 from doctors import findings, only
+
+from collector.doctor import examination, files
 
 NOBODY = 65_534
 
@@ -218,6 +221,42 @@ def test_database_with_a_bad_page_is_a_fault(stopped: System) -> None:
         file.seek(4_096)
         file.write(b"\xff" * (stopped.db.stat().st_size - 4_096))
     assert "malformed" in only(stopped, "database").what
+
+
+def test_database_of_no_bytes_is_a_fault(stopped: System) -> None:
+    stopped.db.write_bytes(b"")
+    finding = only(stopped, "database")
+    assert finding.what == f"{stopped.db} has 0 bytes"
+    assert finding.command.endswith(" collect")
+
+
+def test_other_file_in_the_databases_place_is_not_taken_for_a_damaged_one(stopped: System) -> None:
+    stopped.db.write_text("# Read me\n" * 1000)
+    finding = only(stopped, "database")
+    assert finding.why == "it is another file, or its beginning was destroyed"
+    assert "if the name is wrong, give the right one" in finding.remedy
+
+
+def test_file_that_cannot_be_opened_is_not_explained_as_damage(stopped: System) -> None:
+    stopped.settings.journal.unlink()
+    stopped.settings.journal.mkdir()
+    finding = only(stopped, "journal")
+    assert "damage" not in finding.why + finding.remedy
+    assert "owner and rights" in finding.remedy
+
+
+def test_journal_that_was_removed_is_put_back_by_the_bus(running: System) -> None:
+    for process in running.processes:
+        process.send_signal(signal.SIGSTOP)  # or it does so while we look
+    running.settings.journal.unlink()
+    audit = running.bitten("audit")
+    assert audit.returncode == 4
+    assert "it puts the file back by itself" in audit.stderr
+    answer = {"home": str(running.home), "pid": running.processes[0].pid}
+    context = dataclasses.replace(examination.prepare(running.settings), status=answer)
+    (finding,) = files.journal(context)
+    assert finding.why == "the bus puts it back by itself, within seconds"
+    assert finding.command.startswith("sleep 10; bitten ")
 
 
 def test_database_of_another_program_is_a_fault(stopped: System) -> None:

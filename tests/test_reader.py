@@ -11,11 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import apsw
 import pytest
 from test_store import JOURNAL, REGISTRY, by_program, event, tick, write
 
 from collector import DataCollector
 from collector.store import Store
+from event_bus import database
 from event_bus.errors import DatabaseError, DatabaseMissing
 from event_bus.subscriber import Batch
 
@@ -144,9 +146,12 @@ def test_missing_or_unfinished_database_says_how_to_start_one(
 def test_corrupt_or_foreign_database_is_named(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     path.write_bytes(b"no database" * 1000)
-    with pytest.raises(DatabaseError, match=r"cannot read .*not a database"):
+    with pytest.raises(DatabaseError, match=r"cannot read .*not a database; it is damaged, or"):
         DataCollector(path).get_stats()
     path.unlink()
+    with pytest.raises(apsw.CantOpenError) as caught:
+        database.connect(path, database.READ_ONLY)
+    assert database.reading_hint(caught.value) == "check its owner and rights"
     by_program(path, "CREATE TABLE x (y)")
     with pytest.raises(DatabaseError, match="another program"):
         DataCollector(path).get_stats()

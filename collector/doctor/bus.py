@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+import shlex
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from collector.doctor.context import Context, quoted
-from collector.doctor.finding import Finding, fault, moment, ok, span, warning
+from collector.doctor.finding import CannotTell, Finding, fault, moment, ok, span, warning
 from collector.doctor.processes import Process, listeners, lock_owner
+from event_bus import keys
+from event_bus.errors import KeysError
+from event_bus.settings import Settings
 from event_bus.version import __version__
 
 TOLD_ELSEWHERE = {"consumer_stalled", "journal_held", "schema_problem"}
 """Codes of what the checks `lag` and `schemas` see for themselves."""
+
+
+Reach = Literal["nobody", "connected", "handshake"]
+"""How far a connection gets: to nobody, to somebody who listens, to a bus that lets us in."""
+
+REACH_S = 0.5
+
+COMMANDS = {
+    "storage_full": "df -h {home}",
+    "journal_damaged": "{bitten} audit",
+    "journal_recovered": "{bitten} audit; dmesg | tail -50",
+    "consumer_problem": "df -h {db}; pm2 logs data_collector --lines 50 --nostream",
+    "clock_back": "timedatectl",
+    "keys_problem": "{bitten} keys list",
+}
+"""What does or shows more about the remedy of a problem, by its code."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +46,10 @@ class Absence:
 
     home: Path
     is_begun: bool
+    is_client: bool
     url: str
+    key_problem: str
+    reach: Reach
     owner: Process | None
     listener: Process | None
     bitten: str
@@ -34,7 +62,10 @@ def answers(context: Context) -> Iterator[Finding]:
             Absence(
                 home=settings.home,
                 is_begun=settings.journal.exists(),
+                is_client=context.is_client,
                 url=settings.ingress_url,
+                key_problem=context.key_problem,
+                reach=reach(settings),
                 owner=lock_owner(settings.home / "bus.lock"),
                 listener=listeners([settings.ingress_url]).get(settings.ingress_url),
                 bitten=context.bitten,
@@ -42,12 +73,12 @@ def answers(context: Context) -> Iterator[Finding]:
         )
         return
     home = Path(status["home"])
-    if home.resolve() != settings.home.resolve():
+    if not context.is_own_bus and not context.is_client:
         yield fault(
             f"the bus at {settings.ingress_url} is another home's",
             why=f"it keeps its files in {home}; this is about {settings.home}",
             remedy="use that home, or ports of this home's own bus",
-            command=f"export BITTEN_HOME={quoted(home)}",
+            command=f"bitten --home {quoted(home)} status",
         )
     elif status["version"] != __version__:
         yield warning(
@@ -63,6 +94,27 @@ def answers(context: Context) -> Iterator[Finding]:
         )
 
 
+def reach(settings: Settings) -> Reach:
+    """How far a new connection with this home's key gets. Raises nothing."""
+    found: Reach = "nobody"
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.linger = 0
+        try:
+            keys.use_client_key(socket, settings.keys)
+            events = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
+            monitor = socket.get_monitor_socket(events)
+            socket.connect(settings.ingress_url)
+        except (KeysError, zmq.ZMQError):
+            return found
+        end = time.monotonic() + REACH_S
+        while found != "handshake" and monitor.poll(max(0, int((end - time.monotonic()) * 1000))):
+            event = recv_monitor_message(monitor)["event"]
+            found = "connected" if event == zmq.EVENT_CONNECTED else "handshake"
+        socket.disable_monitor()
+        monitor.close(linger=0)
+    return found
+
+
 def judge_absence(facts: Absence) -> Finding:
     away = "events wait with their processes, then on disk, as far as their bounds allow"
     if facts.owner is not None and facts.owner.stopped:
@@ -72,12 +124,46 @@ def judge_absence(facts: Absence) -> Finding:
             remedy="let it go on",
             command=f"kill -CONT {facts.owner.pid}",
         )
+    keys_command = f"ls -l {quoted(facts.home / 'keys')}; {facts.bitten} keys list"
+    if facts.key_problem:
+        return fault(
+            f"the bus cannot be asked: {facts.key_problem}",
+            why=f"no process of this home can talk to it; {away}",
+            remedy="put the right file there; `bitten keys --help` says which belong there",
+            command=keys_command,
+        )
+    if facts.reach == "connected" and (facts.owner is not None or facts.is_client):
+        return fault(
+            f"the bus at {facts.url} does not let this home's key in",
+            why="it has other keys than those here, does not allow this one, or was started"
+            f" before `bitten keys new`; it may also hang; {away}",
+            remedy="compare the keys of both; if they are newer than the bus, restart the bus"
+            " (`pm2 restart event_bus`)",
+            command=keys_command,
+        )
+    if facts.is_client:
+        host, _, port = facts.url.removeprefix("tcp://").rpartition(":")
+        hangs = facts.reach == "handshake"
+        return fault(
+            f"the bus of another machine, at {facts.url}, does not answer",
+            why=("it hangs" if hangs else "nobody listens there, or a firewall is between")
+            + f"; {away}",
+            remedy="see on that machine what `bitten doctor` says",
+            command=f"nc -vz {shlex.quote(host)} {port}",
+        )
+    if facts.owner is not None and facts.reach == "handshake":
+        return fault(
+            f"the bus, {facts.owner}, does not answer at {facts.url}",
+            why=f"it hangs: it takes connections and answers nothing; {away}",
+            remedy="end it, so that pm2 or `bitten up` restarts it; its own watchdog does so too",
+            command=f"kill {facts.owner.pid}",
+        )
     if facts.owner is not None:
         return fault(
             f"the bus, {facts.owner}, does not answer at {facts.url}",
-            why=f"it hangs, is just starting, or listens at another address; {away}",
-            remedy="see where it listens; if here, end it, so that pm2 or `bitten up` restarts it",
-            command=f"ss -ltnp | grep pid={facts.owner.pid}; kill {facts.owner.pid}",
+            why=f"it is just starting, or listens at another address; {away}",
+            remedy="see where it listens, and give it or these settings the other's address",
+            command=f"ss -ltnp | grep pid={facts.owner.pid},",
         )
     if facts.listener is not None:
         return fault(
@@ -105,8 +191,13 @@ def ports(context: Context) -> Iterator[Finding]:
     """The events port: that of ingress is judged with the answer."""
     settings, status = context.settings, context.status
     if status is not None:
-        yield from judge_addresses(status, settings.events_url)
+        if context.is_client:  # the bus may name the address as its own machine sees it
+            yield ok(f"events are published at {settings.events_url}")
+        else:
+            yield from judge_addresses(status, settings.events_url)
         return
+    if context.is_client:
+        raise CannotTell("this home's bus is on another machine")
     taken = listeners([settings.events_url]).get(settings.events_url)
     if taken is None:
         yield ok(f"{settings.events_url} is free")
@@ -139,7 +230,11 @@ def problems(context: Context) -> Iterator[Finding]:
             f"the bus says {problem['code']}: {problem['message']}",
             why=f"since {moment(problem['since'])}",
             remedy=problem["remedy"],
-            command=f"{context.bitten} status",
+            command=COMMANDS.get(problem["code"], "{bitten} audit").format(
+                bitten=context.bitten,
+                home=quoted(context.settings.home),
+                db=quoted(context.settings.db.parent),
+            ),
         )
     if not found:
         yield ok("the bus reports nothing else")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from dataclasses import asdict, replace
 
@@ -31,7 +32,11 @@ def doctor(ctx: click.Context, show_all: bool, as_json: bool) -> None:
     bitten doctor --json | jq '.[] | select(.level == "fault")'
     */10 * * * * bitten doctor > /tmp/doctor.txt || mail -s bitten me < /tmp/doctor.txt
     """
-    found = [unusable(ctx.obj)] if isinstance(ctx.obj, SettingsError) else examine(ctx.obj)
+    found = (
+        [unusable(ctx.obj, ctx.find_root().params.get("home"))]
+        if isinstance(ctx.obj, SettingsError)
+        else examine(ctx.obj)
+    )
     shown = [f for f in found if show_all or f.level in ("fault", "warning")]
     if as_json:
         print_json([asdict(f) for f in shown])
@@ -42,13 +47,14 @@ def doctor(ctx: click.Context, show_all: bool, as_json: bool) -> None:
     ctx.exit(any(f.level == "fault" for f in found))
 
 
-def unusable(error: SettingsError) -> Finding:
-    """Without settings nothing else can be looked at."""
+def unusable(error: SettingsError, home: str | None) -> Finding:
+    """Without settings nothing else can be looked at. `home` is what --home says, if it does."""
+    directory = shlex.quote(home) if home else "${BITTEN_HOME:-~/.bitten}"
     finding = fault(
         str(error.args[0]),
         why="every command stops at that, and so do bus and collector",
         remedy=error.hint or "mend that line; docs/settings.md says what is expected",
-        command="env | grep BITTEN_; ls -l ${BITTEN_HOME:-~/.bitten}",
+        command="env | grep BITTEN_; cat " + directory + "/config.yaml",
     )
     return replace(finding, check="settings")
 

@@ -14,7 +14,8 @@ from typing import Any
 import apsw
 
 from collector.doctor.finding import CannotTell, Finding
-from event_bus import database
+from event_bus import database, keys
+from event_bus.ports import is_loopback
 from event_bus.settings import Settings
 
 BUSY_TIMEOUT_MS = 200
@@ -33,6 +34,8 @@ class Context:
     now: float
     status: dict[str, Any] | None
     deadline: float
+    key_problem: str = ""
+    """Why this home's key cannot be used, if it cannot."""
 
     @contextlib.contextmanager
     def reading(self, path: Path) -> Iterator[apsw.Connection]:
@@ -64,6 +67,24 @@ class Context:
         if self.status is None:
             raise CannotTell("the bus does not answer")
         return self.status
+
+    @property
+    def is_client(self) -> bool:
+        """Whether this is the home of a second machine: a key for a bus elsewhere, and no bus."""
+        directory = self.settings.keys
+        return (
+            not is_loopback(self.settings.ingress_url)
+            and not keys.secret_file(directory, keys.BUS).exists()
+            and keys.public_file(directory, keys.BUS).exists()
+            and keys.secret_file(directory, keys.CLIENT).exists()
+        )
+
+    @property
+    def is_own_bus(self) -> bool:
+        """Whether the bus that answers keeps its files in this home."""
+        return self.status is not None and (
+            Path(self.status["home"]).resolve() == self.settings.home.resolve()
+        )
 
     @property
     def wal_paths(self) -> dict[Path, Path]:

@@ -28,7 +28,7 @@ from collector.doctor import (
 )
 from collector.doctor.context import Check, Context
 from collector.doctor.finding import LEVELS, CannotTell, Finding, Level
-from event_bus.errors import BittenError
+from event_bus.errors import BittenError, KeysError
 from event_bus.protocol import Client
 from event_bus.settings import Settings
 
@@ -76,12 +76,13 @@ def examine(settings: Settings) -> list[Finding]:
 
 def prepare(settings: Settings, *, clock: Callable[[], float] = time.time) -> Context:
     """What checks are given; asks the bus how it is. `clock` gives Unix seconds."""
-    status = _status(settings)
+    status, key_problem = _status(settings)
     return Context(
         settings=settings,
         bitten=_command(settings),
         now=clock(),
         status=status,
+        key_problem=key_problem,
         deadline=time.monotonic() + LIMIT_S,
     )
 
@@ -125,15 +126,16 @@ def _of_check(level: Level, what: str) -> Finding:
     )
 
 
-def _status(settings: Settings) -> dict[str, Any] | None:
+def _status(settings: Settings) -> tuple[dict[str, Any] | None, str]:
+    """What the bus says, and why this home's key cannot be used to ask it."""
     try:
         client = Client(settings)
-    except BittenError:
-        return None
+    except KeysError as e:
+        return None, str(e.args[0])
     try:
-        return client.status(STATUS_TIMEOUT_S)
+        return client.status(STATUS_TIMEOUT_S), ""
     except BittenError:
-        return None
+        return None, ""
     finally:
         client.close()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import apsw
+
 from collector.doctor.context import Context, quoted, row
 from collector.doctor.finding import CannotTell, Finding, fault, ok, size
 from collector.layout import LAST_SEQ, check_version, is_blank
@@ -18,6 +20,14 @@ def database(context: Context) -> Iterator[Finding]:
     path = context.settings.db
     if not path.exists():
         yield from _missing(context)
+        return
+    if not path.stat().st_size and not Path(f"{path}-wal").exists():
+        yield fault(
+            f"{path} has 0 bytes",
+            why="it was cut, or a file was made for it and never filled",
+            remedy="start the collector: it fills it from the journal",
+            command=f"{context.bitten} collect",
+        )
         return
     try:
         with context.reading(path) as db:
@@ -33,10 +43,11 @@ def database(context: Context) -> Iterator[Finding]:
     except CannotTell as e:
         yield fault(
             str(e),
-            why="it is damaged, no database, or not yours to read",
-            remedy="check its owner and rights; if it is damaged, start the collector, which moves"
-            " it aside and fills a new one from the journal",
-            command=f"ls -l {quoted(path)}; sqlite3 -readonly {quoted(path)} 'PRAGMA quick_check'",
+            **_unreadable(
+                e,
+                path,
+                "start the collector: it moves the file aside and fills a new one from the journal",
+            ),
         )
         return
     except DatabaseError as e:
@@ -48,6 +59,33 @@ def database(context: Context) -> Iterator[Finding]:
         )
         return
     yield from _belongs(context, known[0] if known else None, last)
+
+
+def _unreadable(problem: CannotTell, path: Path, mend: str) -> dict[str, str]:
+    """Why, remedy and command, by the kind of SQLite's error."""
+    look = f"ls -l {quoted(path)}"
+    error = problem.__cause__
+    if isinstance(error, apsw.NotADBError):
+        return {
+            "why": "it is another file, or its beginning was destroyed",
+            "remedy": f"if the name is wrong, give the right one; if not, {mend}",
+            "command": f"head -c 100 {quoted(path)} | od -c | head",
+        }
+    if isinstance(error, apsw.CorruptError | apsw.SQLError):
+        check = f"sqlite3 -readonly {quoted(path)} 'PRAGMA quick_check'"
+        return {"why": "it is damaged", "remedy": mend, "command": f"{look}; {check}"}
+    no_access = apsw.CantOpenError | apsw.PermissionsError | apsw.ReadOnlyError
+    if isinstance(error, no_access) or not path.is_file():
+        return {
+            "why": "it is no file, or not yours to read",
+            "remedy": "check its owner and rights, and those of its directory",
+            "command": look,
+        }
+    return {
+        "why": "the disk does not give it, or another program keeps it locked",
+        "remedy": "check the disk, and who has the file open",
+        "command": f"{look}; fuser -v {quoted(path)}; dmesg | tail -20",
+    }
 
 
 def _missing(context: Context) -> Iterator[Finding]:
@@ -107,11 +145,13 @@ def journal(context: Context) -> Iterator[Finding]:
     if not path.exists():
         if context.status is None:
             raise CannotTell("there is no journal yet")
+        if not context.is_own_bus:
+            raise CannotTell("the bus that answers keeps its journal elsewhere")
         yield fault(
             f"{path} was removed while the bus has it open",
-            why="what it writes is gone when it stops",
-            remedy="do not stop the bus; copy the file out of it first",
-            command=f"ls -l /proc/{context.status['pid']}/fd | grep journal",
+            why="the bus puts it back by itself, within seconds",
+            remedy="do not stop the bus; look again in some seconds",
+            command=f"sleep 10; {context.bitten} doctor",
         )
         return
     try:
@@ -121,10 +161,12 @@ def journal(context: Context) -> Iterator[Finding]:
     except CannotTell as e:
         yield fault(
             str(e),
-            why="it is damaged, no database, or not yours to read",
-            remedy="check its owner and rights; if it is damaged, start the bus: it moves the file"
-            " aside, saves what can be read, and says what is lost",
-            command=f"ls -l {quoted(path)}; sqlite3 -readonly {quoted(path)} 'PRAGMA quick_check'",
+            **_unreadable(
+                e,
+                path,
+                "start the bus: it moves the file aside, saves what can be read, and says what is"
+                " lost",
+            ),
         )
         return
     damaged = [b for b in (newest, oldest) if b is not None and not is_intact(*b)]

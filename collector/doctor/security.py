@@ -12,6 +12,9 @@ from event_bus.keys import has_bus_key, is_loopback
 
 def exposure(context: Context) -> Iterator[Finding]:
     settings = context.settings
+    if context.is_client:
+        yield ok("this home listens nowhere: its bus is on another machine")
+        return
     urls = {settings.ingress_url, settings.events_url}
     if context.status is not None:
         urls |= {context.status["ingress_url"], context.status["events_url"]}

@@ -35,7 +35,10 @@ class SpoolFile:
 
 def stale(context: Context) -> Iterator[Finding]:
     status = context.status
-    up_s = None if status is None else context.now - Process.of(status["pid"]).started_at
+    up_s = None
+    if status is not None:
+        is_here = not context.is_client
+        up_s = context.now - Process.of(status["pid"]).started_at if is_here else status["uptime_s"]
     found = False
     for path in sorted(context.settings.spool.glob("*.ndjson")):
         try:
@@ -75,24 +78,37 @@ def _look(path: Path, now: float) -> SpoolFile:
 def judge_spool(file: SpoolFile, up_s: float | None, context: Context) -> Finding:
     """`up_s` is how long the bus has been there, None if it is away."""
     limit = context.settings.spool_max_bytes
+    start, command = "start the bus", f"{context.bitten} up"
+    if context.is_client:
+        start = "see whether the bus can be reached; it is on another machine"
+        command = f"{context.bitten} status"
     waits = f"{file.events} events of {file.source} wait on disk for {span(file.waiting_s)}"
     if file.owner is not None and file.bytes > FULL * limit:
         return fault(
             f"{waits}: {size(file.bytes)} of {size(limit)}",
             why=f"{file.owner} drops events when its spool is full",
-            remedy="start the bus, or allow more (BITTEN_SPOOL_MAX_BYTES) where it is started",
-            command=f"{context.bitten} up",
+            remedy=f"{start}, or allow more (BITTEN_SPOOL_MAX_BYTES) where the process is started",
+            command=command,
         )
     if up_s is None:
         gone = "" if file.owner else "; their process is gone"
         return warning(
             waits + gone,
-            why="the bus is away; it takes them in when it is there",
-            remedy="start the bus",
-            command=f"{context.bitten} up",
+            why="the bus is away"
+            + ("" if context.is_client else "; it takes them in when it is there"),
+            remedy=start,
+            command=command,
         )
     if min(file.waiting_s, up_s) < STALE_S:
         return ok(waits)
+    if file.owner is None and context.is_client:
+        return warning(
+            f"{waits}; their process is gone",
+            why="a bus looks into its own home only, and this bus is on another machine",
+            remedy="copy the file into the directory spool of the bus's home, for its user; once"
+            " it is gone from there, remove it here",
+            command=f"ls -l {quoted(file.path)}",
+        )
     if file.owner is None:
         return fault(
             f"{waits}; their process is gone, and the bus does not take them in",

@@ -6,7 +6,9 @@ import itertools
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,6 +18,7 @@ from event_bus.bridge import Bridge
 from event_bus.cli.output import When, clock, print_json, printable
 from event_bus.errors import BusUnavailable, RejectedEvent, StartError
 from event_bus.event_schema import EventType
+from event_bus.ports import is_loopback
 from event_bus.protocol import Client
 from event_bus.settings import Settings
 from event_bus.subscriber import Event, Subscriber
@@ -246,6 +249,21 @@ def forget(settings: Settings, consumer: str) -> None:
     click.echo(f"{printable(consumer)} is forgotten")
 
 
+def _compare_homes(settings: Settings, answer: dict[str, Any]) -> None:
+    """On this machine a bus is this home's, or the wrong one."""
+    home = Path(answer["home"])
+    if is_loopback(settings.ingress_url) and home.resolve() != settings.home.resolve():
+        answer["state"] = "another_home"
+        problem = {
+            "code": "another_home",
+            "message": f"the bus that answers is another home's: it keeps its files in {home},"
+            f" this is about {settings.home}",
+            "remedy": "use its home (--home, BITTEN_HOME), or the ports of this home's own bus",
+            "since": time.time(),
+        }
+        answer["problems"].insert(0, problem)
+
+
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="The whole answer as JSON.")
 @click.pass_obj
@@ -261,6 +279,7 @@ def status(settings: Settings, as_json: bool) -> None:
     client = Client(settings)
     answer = client.status()
     client.close()
+    _compare_homes(settings, answer)
     if as_json:
         print_json(answer)
         sys.exit(1 if answer["problems"] else 0)
