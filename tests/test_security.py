@@ -419,7 +419,6 @@ def test_every_part_of_the_product_connects_with_the_homes_key() -> None:
                 assert "use_client_key" in path.read_text(), path
 
 
-<<<<<<< HEAD
 def test_nothing_goes_to_another_machine_in_clear(system: System) -> None:
     with contextlib.closing(zmq.Context.instance().socket(zmq.ROUTER)) as stranger:
         port = stranger.bind_to_random_port("tcp://0.0.0.0")
@@ -437,7 +436,8 @@ def test_nothing_goes_to_another_machine_in_clear(system: System) -> None:
         status = system.bitten("status")
         assert (status.returncode, status.stderr.count("\n")) == (4, 1)
         assert not stranger.poll(0)
-=======
+
+
 def test_allow_without_rights_takes_none_away(system: System) -> None:
     system.bitten("keys", "new")
     system.bitten("keys", "new", "laptop")
@@ -446,7 +446,6 @@ def test_allow_without_rights_takes_none_away(system: System) -> None:
     assert done.returncode == 2
     assert "now it may publish nothing and read signal_*" in done.stderr
     assert "signal_*" in system.bitten("keys", "list").stdout
->>>>>>> 9d97a99 (Output that cannot be written is one line; emit says what the bus refused; keys allow needs rights)
 
 
 def test_home_without_keys_has_a_bus_for_everybody_on_the_machine(bus: System) -> None:

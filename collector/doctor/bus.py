@@ -100,7 +100,7 @@ def reach(settings: Settings) -> Reach:
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.linger = 0
         try:
-            keys.use_client_key(socket, settings.keys)
+            keys.use_client_key(socket, settings.keys, settings.ingress_url)
             events = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
             monitor = socket.get_monitor_socket(events)
             socket.connect(settings.ingress_url)

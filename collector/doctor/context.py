@@ -15,7 +15,6 @@ import apsw
 
 from collector.doctor.finding import CannotTell, Finding
 from event_bus import database, keys
-from event_bus.ports import is_loopback
 from event_bus.settings import Settings
 
 BUSY_TIMEOUT_MS = 200
@@ -73,7 +72,7 @@ class Context:
         """Whether this is the home of a second machine: a key for a bus elsewhere, and no bus."""
         directory = self.settings.keys
         return (
-            not is_loopback(self.settings.ingress_url)
+            not keys.is_loopback(self.settings.ingress_url)
             and not keys.secret_file(directory, keys.BUS).exists()
             and keys.public_file(directory, keys.BUS).exists()
             and keys.secret_file(directory, keys.CLIENT).exists()

@@ -18,7 +18,7 @@ from event_bus.bridge import Bridge
 from event_bus.cli.output import When, clock, print_json, printable
 from event_bus.errors import BusUnavailable, RejectedEvent, StartError
 from event_bus.event_schema import EventType
-from event_bus.ports import is_loopback
+from event_bus.keys import is_loopback
 from event_bus.protocol import Client
 from event_bus.settings import Settings
 from event_bus.subscriber import Event, Subscriber
