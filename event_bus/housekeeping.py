@@ -134,7 +134,8 @@ class Housekeeping:
         if not self._journal.is_in_place():
             log.error("%s was removed or replaced: putting it back", self._journal.path)
             self._intake.commit()
-            put_back(self._journal, self._clock, self._watchdog.alive)
+            with self._watchdog.paused():  # ended now, the process would take all of it along
+                put_back(self._journal, self._clock)
 
     def _trim(self) -> None:
         """Save cursors, and trim the journal by age and size but not past a durable consumer."""

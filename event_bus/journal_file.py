@@ -22,6 +22,7 @@ from event_bus.journal_format import (
     is_damage,
 )
 
+SUFFIXES = ("", "-wal", "-shm")
 DAMAGE_HINT = "the next start makes a new one of all that can be read of it"
 
 
@@ -48,6 +49,7 @@ class JournalFile:
         except JournalError:
             self._db.close()
             raise
+        self._files = self._identities()
 
     def _prepare(self, origin_seq: int | None) -> None:
         # By what it holds, not by its size: a start may have died while creating it.
@@ -77,8 +79,6 @@ class JournalFile:
 
     def _connect(self) -> None:
         self._db = database.connect(self.path)
-        stat = self.path.stat()
-        self._file = stat.st_dev, stat.st_ino
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.execute("PRAGMA wal_autocheckpoint=4000")
         self._db.execute("PRAGMA journal_size_limit=67108864")
@@ -118,14 +118,14 @@ class JournalFile:
             )
 
     def is_in_place(self) -> bool:
-        """False if the file was removed or replaced since it was opened."""
-        try:
-            stat = self.path.stat()
-        except OSError:
-            return False
-        return (stat.st_dev, stat.st_ino) == self._file
+        """False if the file, its -wal or its -shm was removed or replaced since it was opened:
+        what is committed then would go with this process."""
+        return self._identities() == self._files
 
-    def copy_to(self, path: Path, on_progress: Callable[[], None]) -> None:
+    def _identities(self) -> list[tuple[int, int] | None]:
+        return [_identity(f"{self.path}{suffix}") for suffix in SUFFIXES]
+
+    def copy_to(self, path: Path) -> None:
         """Write all that the open file holds to a new one, and sync it."""
         flags = database.READ_WRITE | apsw.SQLITE_OPEN_CREATE
         try:
@@ -133,8 +133,7 @@ class JournalFile:
             try:
                 with copy.backup("main", self._db, "main") as backup:
                     while not backup.done:
-                        backup.step(1_000)
-                        on_progress()
+                        backup.step()
             finally:
                 copy.close()
         except apsw.Error as e:
@@ -146,8 +145,10 @@ class JournalFile:
         put_in_place()
         try:
             self._connect()
+            self._row("SELECT count(*) FROM sqlite_master")  # opens the WAL
         except apsw.Error as e:
             raise JournalFailed(f"cannot open {self.path}: {e}") from e
+        self._files = self._identities()
 
     @contextlib.contextmanager
     def filling(self) -> Iterator[None]:
@@ -206,3 +207,11 @@ class JournalFile:
         return JournalFailed(
             f"cannot write {self.path}: {error}", hint="check the disk and its rights"
         )
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        stat = Path(path).stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino

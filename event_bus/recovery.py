@@ -23,6 +23,7 @@ from event_bus import database
 from event_bus.carve import MAX_GROUP_EVENTS, MAX_SEQ, Carved, Pages, carve, read_batch
 from event_bus.errors import JournalDamaged, JournalError, JournalFailed
 from event_bus.journal import Journal
+from event_bus.journal_file import SUFFIXES
 from event_bus.journal_format import LostRange, Run
 
 log = logging.getLogger(__name__)
@@ -76,8 +77,8 @@ def mark_damaged(path: Path, reason: str) -> None:
         log.error("cannot write %s: %s", _marker(path), e.strerror)
 
 
-def put_back(journal: Journal, clock: Callable[[], float], on_progress: Callable[[], None]) -> None:
-    """The file was removed or replaced while it is open: put all it holds in its place again.
+def put_back(journal: Journal, clock: Callable[[], float]) -> None:
+    """A file of it was removed or replaced while it is open: put all it holds in its place again.
 
     Raises JournalError.
     """
@@ -85,7 +86,7 @@ def put_back(journal: Journal, clock: Callable[[], float], on_progress: Callable
     try:
         _remove(new)
         try:
-            journal.copy_to(new, on_progress)
+            journal.copy_to(new)
         except JournalError:
             _remove(new)  # half a copy would only fill the disk
             raise
@@ -292,7 +293,7 @@ def _finish(path: Path, aside: Path) -> None:
     if not recovered.exists():
         return
     _marker(path).unlink(missing_ok=True)  # it is not about this one
-    for suffix in ("", "-wal", "-shm"):
+    for suffix in SUFFIXES:
         old = Path(f"{path}{suffix}")
         if old.exists():
             old.rename(f"{aside}{suffix}")
@@ -306,7 +307,7 @@ def _aside(path: Path, label: str, clock: Callable[[], float]) -> Path:
     moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(clock()))
     name = free = Path(f"{path}.{label}-{moment}")
     n = 1
-    while any(Path(f"{free}{suffix}").exists() for suffix in ("", "-wal", "-shm")):
+    while any(Path(f"{free}{suffix}").exists() for suffix in SUFFIXES):
         n += 1
         free = Path(f"{name}-{n}")
     return free
@@ -325,7 +326,7 @@ def _marked(path: Path) -> str | None:
 
 def _remove(new: Path) -> None:
     """What an earlier attempt left half made."""
-    for suffix in ("", "-wal", "-shm"):
+    for suffix in SUFFIXES:
         Path(f"{new}{suffix}").unlink(missing_ok=True)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from disks import small_disk
-from system import System
+from system import System, wait_until
 
 from event_bus.carve import Pages, carve, read_batch
 from event_bus.errors import JournalDamaged, JournalError, JournalFull
@@ -346,7 +346,7 @@ def test_recovery_cut_short_is_finished_by_the_next_start(
     journal.close()
 
 
-@pytest.mark.parametrize("how", ["removed", "moved", "replaced"])
+@pytest.mark.parametrize("how", ["removed", "moved", "replaced", "-wal", "-shm", "new -wal"])
 def test_journal_taken_away_under_a_running_bus_is_put_back_whole(
     home: Path, path: Path, kept: dict[int, Batch], how: str
 ) -> None:
@@ -359,6 +359,11 @@ def test_journal_taken_away_under_a_running_bus_is_put_back_whole(
             Path(f"{path}{suffix}").unlink()
     elif how == "moved":
         path.rename(home / "elsewhere")
+    elif how == "new -wal":
+        (home / "other").touch()
+        (home / "other").replace(f"{path}-wal")
+    elif how.startswith("-"):
+        Path(f"{path}{how}").unlink()
     else:
         other = Journal(home / "other.db")
         other.close()
@@ -366,7 +371,7 @@ def test_journal_taken_away_under_a_running_bus_is_put_back_whole(
     assert not journal.is_in_place()
     fill(journal, 1, random.Random(5))  # acknowledged before anybody noticed
     expected = served(journal)
-    put_back(journal, lambda: 1_769_860_800.0, lambda: None)
+    put_back(journal, lambda: 1_769_860_800.0)
     assert journal.is_in_place()
     assert served(journal) == expected
     assert len(expected) == len(before) + 1
@@ -570,3 +575,19 @@ def test_bus_started_without_its_wal_loses_no_acknowledged_event_unseen(system: 
     status = system.status()
     assert status is not None
     assert "journal_damaged" in [p["code"] for p in status["problems"]]
+
+
+def test_wal_removed_under_a_running_bus_costs_nothing_when_it_is_killed(system: System) -> None:
+    bus = system.start_bus()
+    assert system.script(PUBLISH, "1000").returncode == 0
+    wal = Path(f"{system.settings.journal}-wal")
+    wal.unlink()
+    assert system.script(PUBLISH, "100").returncode == 0
+    wait_until(wal.exists, "the -wal is there again")
+    bus.kill()
+    bus.wait()
+    system.start_bus()
+    status = system.status()
+    assert status is not None
+    assert status["last_seq"] >= 1_100
+    assert [p["code"] for p in status["problems"]] == []
