@@ -33,7 +33,8 @@ class BittenError(Exception):
     """Root of the tree. `hint` is one sentence, without a full stop, on what to do.
 
     `exit_code` is the command line's: 1 a negative answer, 2 wrong use, 3 the bus does not answer,
-    4 a file, port or lock is not to be had, 5 the journal failed while the bus ran.
+    4 a file, port or lock is not to be had, 5 the journal failed while the bus ran, or has no room:
+    a supervisor is to start it again.
     """
 
     exit_code: ClassVar[int] = 1
@@ -102,7 +103,7 @@ class JournalError(BittenError):
 
 
 class JournalFull(JournalError):
-    pass
+    exit_code = 5
 
 
 class JournalFailed(JournalError):

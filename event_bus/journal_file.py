@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -23,6 +24,10 @@ from event_bus.journal_format import (
 )
 
 SUFFIXES = ("", "-wal", "-shm")
+PROBE_BYTES = 64 << 10
+"""More than opening needs: a WAL, and the index of it."""
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DAMAGE_HINT = "the next start makes a new one of all that can be read of it"
 
 
@@ -72,6 +77,9 @@ class JournalFile:
             return self._write_error(error)
         if isinstance(error, apsw.Error) and is_damage(error):
             return JournalDamaged(f"{self.path} is damaged: {error}", hint=DAMAGE_HINT)
+        # For want of room SQLite may also say that it cannot open or write a file.
+        if self._probe(PROBE_BYTES) in _NO_SPACE:
+            return self._write_error(apsw.FullError())
         reason = error.strerror if isinstance(error, OSError) else error
         return JournalError(
             f"cannot open {self.path}: {reason}", hint="check the disk and its rights"
@@ -168,6 +176,10 @@ class JournalFile:
 
     def has_room(self, size_bytes: int) -> bool:
         """Whether the journal's disk has that much space now."""
+        return self._probe(size_bytes) == 0
+
+    def _probe(self, size_bytes: int) -> int:
+        """The errno of taking that much space; 0 if it can be had."""
         probe = self.path.with_suffix(".probe")
         try:
             fd = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -176,9 +188,9 @@ class JournalFile:
             finally:
                 os.close(fd)
                 probe.unlink()
-        except OSError:
-            return False
-        return True
+        except OSError as e:
+            return e.errno or errno.EIO
+        return 0
 
     def close(self) -> None:
         self._db.close()

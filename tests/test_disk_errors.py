@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from disks import small_disk
 from system import System, wait_until
 from test_broker import line
 
@@ -115,3 +116,24 @@ def test_file_of_another_user_is_named_in_one_line(name: str) -> None:
     assert done.stderr == ""
     (complaint,) = done.stdout.splitlines()
     assert f"{system.home / name}: Permission denied" in complaint
+
+
+def test_start_on_a_full_disk_says_so_in_one_line_and_is_tried_again(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 6) as disk:
+        system = System(disk / "home")
+        system.start_bus().terminate()
+        system.processes[0].wait()
+        with (
+            pytest.raises(OSError, match="No space left"),
+            (disk / "ballast").open("wb") as ballast,
+        ):
+            while True:
+                ballast.write(bytes(4096))
+                ballast.flush()
+        done = system.bitten("bus")
+        (complaint,) = done.stderr.splitlines()
+        assert "no space left for" in complaint
+        assert done.returncode == 5
+        (disk / "ballast").unlink()
+        system.start_bus()
+        system.close()
