@@ -13,6 +13,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -33,7 +34,8 @@ MAX_SUBSCRIPTIONS = 10_000
 
 MAX_SUBSCRIPTIONS_BYTES = 1 << 20
 MAX_NARROWED = 500
-"""Subscriptions of a key that may not read everything: each is compared with all topics."""
+"""Different ones of a key that may not read everything, those included that it ended: each is
+compared with all topics, and what was granted for it stays until the connection ends."""
 
 MAX_SEEN_TOPICS = 2_000
 MAX_MESSAGES_A_TURN = 1_000
@@ -41,6 +43,15 @@ FLOOD_PAUSE_S = 5.0
 _WILDCARD = "*?["
 
 _encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True)
+class _Granted:
+    """To one key. The sets stay empty if it reads everything."""
+
+    rights: Rights
+    asked: set[bytes] = field(default_factory=set)
+    grants: set[bytes] = field(default_factory=set)
 
 
 class LiveEvents:
@@ -64,11 +75,11 @@ class LiveEvents:
         self._forget()
 
     def _forget(self) -> None:
-        self._prefixes: Counter[bytes] = Counter()
+        # Each prefix's subscriptions, by key; the key is empty on a bus without keys.
+        self._prefixes: dict[bytes, Counter[str]] = {}
         self._prefix_bytes = 0
         self._wanted: dict[str, bool] = {}
-        self._asked: dict[str, set[bytes]] = {}
-        self._granted: dict[str, tuple[Rights, set[bytes]]] = {}
+        self._granted: dict[str, _Granted] = {}
 
     @property
     def subscriptions(self) -> list[str]:
@@ -81,31 +92,38 @@ class LiveEvents:
             except zmq.Again:
                 break
             message, prefix = frame.bytes, frame.bytes[1:]
+            key = key_of(frame) if self._zap is not None else ""
             if message[:1] == b"\1":
-                self._prefixes[prefix] += 1
-                if self._prefixes[prefix] == 1:
+                if prefix not in self._prefixes:
+                    self._prefixes[prefix] = Counter()
                     self._prefix_bytes += len(prefix)
+                self._prefixes[prefix][key] += 1
                 if self._zap is not None:
-                    self._grant(self._zap, key_of(frame), prefix)
+                    self._grant(self._zap, key, prefix)
                 self._end_flood()
             elif message[:1] == b"\0":
-                self._count_off(prefix)
-                rights = self._zap.rights(key_of(frame)) if self._zap is not None else None
+                self._count_off(prefix, key)
+                rights = self._zap.rights(key) if self._zap is not None else None
                 if rights is not None and rights.reads_all:
                     self._socket.unsubscribe(prefix)
             elif self._zap is not None:
                 # libzmq 4.3.5 now takes each subscription that waits for the next one's sender's.
-                key = key_of(frame)
                 self._zap.door.keep_out(key)
                 self.disconnect(f"{self._name(key)} sent what is no subscription")
         self._wanted.clear()
 
-    def _count_off(self, prefix: bytes) -> None:
-        if self._prefixes[prefix] <= 1:
-            if self._prefixes.pop(prefix, 0):
-                self._prefix_bytes -= len(prefix)
-        else:
-            self._prefixes[prefix] -= 1
+    def _count_off(self, prefix: bytes, key: str) -> None:
+        keys = self._prefixes.get(prefix)
+        if keys is None:
+            return
+        if key not in keys:  # a connection ended: libzmq does not say whose
+            key = next(iter(keys))
+        keys[key] -= 1
+        if not keys[key]:
+            del keys[key]
+        if not keys:
+            del self._prefixes[prefix]
+            self._prefix_bytes -= len(prefix)
 
     def _grant(self, zap: Zap, key: str, prefix: bytes) -> None:
         """Subscribe the sender of the message just received to what it may have of `prefix`.
@@ -113,17 +131,19 @@ class LiveEvents:
         That stays until its connection ends, for another subscription of it may need the same;
         its own end filters by what it asked for.
         """
-        self._asked.setdefault(key, set()).add(prefix)
         rights = zap.rights(key)
         if rights is None:
             return
-        grants = [prefix]
+        granted = self._granted.setdefault(key, _Granted(rights))
+        grants = {prefix}
         if not rights.reads_all:
-            if len(self._asked[key]) > MAX_NARROWED:
+            granted.asked.add(prefix)
+            if len(granted.asked) > MAX_NARROWED:
                 zap.door.keep_out(key)
                 self.disconnect(f"{rights.name} has more than {MAX_NARROWED} subscriptions")
                 return
-            grants = list(narrow(prefix, rights, self._known_topics()))
+            grants = narrow(prefix, rights, self._known_topics())
+            granted.grants.update(grants)
             if not grants:
                 log.warning(
                     "%s subscribed to %r, but may read nothing of it live (%s)",
@@ -131,7 +151,6 @@ class LiveEvents:
                     prefix.decode("utf-8", "backslashreplace"),
                     ", ".join(rights.subscribe) or "no right to subscribe",
                 )
-        self._granted.setdefault(key, (rights, set()))[1].update(grants)
         for grant in grants:
             self._socket.subscribe(grant)
 
@@ -147,7 +166,10 @@ class LiveEvents:
         if self._zap is None:
             self.disconnect(reason, pause_s=FLOOD_PAUSE_S)
             return
-        key = max(self._asked, key=lambda k: sum(map(len, self._asked[k])))
+        sizes: Counter[str] = Counter()
+        for prefix, keys in self._prefixes.items():
+            sizes.update(dict.fromkeys(keys, len(prefix)))
+        ((key, _),) = sizes.most_common(1)
         self._zap.door.keep_out(key)
         self.disconnect(f"{reason}, most of them from {self._name(key)}")
 
@@ -162,9 +184,9 @@ class LiveEvents:
         if zap is None:
             return ""
         zap.refresh()
-        for key, (rights, _) in self._granted.items():
-            if zap.rights(key) != rights:
-                self.disconnect(f"the rights of {rights.name} were changed")
+        for key, granted in self._granted.items():
+            if zap.rights(key) != granted.rights:
+                self.disconnect(f"the rights of {granted.rights.name} were changed")
                 break
         return zap.problem
 
@@ -228,10 +250,10 @@ class LiveEvents:
             self._topics.clear()
         name = topic.removeprefix(TOPIC_PREFIX)
         self._topics.add(name)
-        for rights, grants in self._granted.values():
-            has_it = not rights.reads_all and any(encoded.startswith(g) for g in grants)
-            if has_it and not rights.may_read(name):
-                self.disconnect(f"{rights.name} may not read the new topic {topic}")
+        for granted in self._granted.values():
+            has_it = any(encoded.startswith(g) for g in granted.grants)
+            if has_it and not granted.rights.may_read(name):
+                self.disconnect(f"{granted.rights.name} may not read the new topic {topic}")
                 return
 
 

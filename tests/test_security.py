@@ -9,9 +9,11 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import zmq
 from conftest import System, free_port, wait_until
@@ -417,6 +419,33 @@ def test_every_part_of_the_product_connects_with_the_homes_key() -> None:
             assert not re.search(r"Client\([^)]*_url", path.read_text()), path
             if ".connect(" in path.read_text() and "zmq" in path.read_text():
                 assert "use_client_key" in path.read_text(), path
+
+
+def test_ended_subscriptions_of_a_key_cost_nothing(
+    guarded: Guarded, connect: Connect, subscribe: Subscribe
+) -> None:
+    system = guarded.system
+    client = connect(system)
+    busy = subscribe(system)
+    process = psutil.Process(guarded.process.pid)
+
+    def has(mark: str) -> bool:
+        return mark in client.status()["subscriptions"]
+
+    def come_and_go(rounds: range) -> int:
+        for i in rounds:
+            for n in range(400):  # fewer than what a socket holds
+                prefix = b"bitten.%d.%d." % (i, n) + b"x" * 1_000
+                busy.send(b"\1" + prefix)
+                busy.send(b"\0" + prefix)
+            mark = f"bitten.mark.{i}"
+            busy.send(b"\1" + mark.encode())
+            wait_until(partial(has, mark), "all has arrived")
+        return int(process.memory_info().rss)
+
+    before = come_and_go(range(5))
+    assert come_and_go(range(5, 65)) - before < 10 << 20
+    assert "connect anew" not in guarded.log()
 
 
 def test_nothing_goes_to_another_machine_in_clear(system: System) -> None:
