@@ -7,6 +7,7 @@ for as long as it lasts.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -31,23 +32,40 @@ def holders(path: Path, locks: range) -> list[str]:
 
     Empty where the kernel does not tell: outside Linux, or of processes in another container.
     """
+    found: dict[int, str] = {}
+    for lock in file_locks(Path(f"{path}-shm")):
+        overlaps = lock.first <= locks[-1] and lock.last >= locks[0]
+        if lock.pid > 0 and lock.pid != os.getpid() and overlaps:
+            found[lock.pid] = f"process {lock.pid} ({_name(lock.pid)})"
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Lock:
+    """From the first locked byte to the last one; a lock to the file's end counts as one byte."""
+
+    pid: int
+    first: int
+    last: int
+
+
+def file_locks(path: Path) -> list[Lock]:
+    """The locks that are held on a file; none where it is not there or the kernel does not tell."""
     try:
-        shm = Path(f"{path}-shm").stat()
+        stat = path.stat()
         lines = Path("/proc/locks").read_text().splitlines()
     except OSError:
         return []
-    file = f"{os.major(shm.st_dev):02x}:{os.minor(shm.st_dev):02x}:{shm.st_ino}"
-    found: dict[int, str] = {}
+    file = f"{os.major(stat.st_dev):02x}:{os.minor(stat.st_dev):02x}:{stat.st_ino}"
+    held = []
     for line in lines:
-        # 1: POSIX  ADVISORY  READ 4711 00:2a:12345 123 127
+        # 1: POSIX  ADVISORY  READ 4711 00:2a:12345 123 127; one who waits has "->" in it
         fields = line.split()
-        if "->" in fields or len(fields) < 8 or fields[5] != file:
-            continue
-        pid, first = int(fields[4]), int(fields[6])
-        last = first if fields[7] == "EOF" else int(fields[7])
-        if pid > 0 and pid != os.getpid() and first <= locks[-1] and last >= locks[0]:
-            found[pid] = f"process {pid} ({_name(pid)})"
-    return list(found.values())
+        if "->" not in fields and len(fields) >= 8 and fields[5] == file:
+            first = int(fields[6])
+            last = first if fields[7] == "EOF" else int(fields[7])
+            held.append(Lock(int(fields[4]), first, last))
+    return held
 
 
 def _name(pid: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from doctors import findings, only
 
 from collector.doctor import disk, machine, pm2
 from collector.doctor.disk import Growth, days_left
-from collector.doctor.processes import Process
+from collector.doctor.processes import Process, lock_owner
 from collector.store import Store
 from event_bus.envelope import Envelope, decode_lines, encode_lines
 from event_bus.event_schema import Registry
@@ -259,3 +260,16 @@ def test_unit_of_systemd_that_is_missing_is_a_warning() -> None:
     assert list(pm2.judge_reboot([GOOD], {"event_bus"}, is_enabled=None)) == []
     (finding,) = pm2.judge_reboot([GOOD], {"event_bus"}, is_enabled=False)
     assert "pm2 startup" in finding.why
+
+
+def test_lock_on_another_file_system_with_the_same_inode_is_nobodys(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "a", 1) as a, small_disk(tmp_path / "b", 1) as b:
+        for disk_ in (a, b):
+            (disk_ / "bus.lock").touch()
+        assert (a / "bus.lock").stat().st_ino == (b / "bus.lock").stat().st_ino
+        with (a / "bus.lock").open("w") as held:
+            fcntl.lockf(held, fcntl.LOCK_EX)
+            owner = lock_owner(a / "bus.lock")
+            assert owner is not None
+            assert owner.pid == os.getpid()
+            assert lock_owner(b / "bus.lock") is None

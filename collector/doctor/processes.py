@@ -10,6 +10,8 @@ from typing import Any
 
 import psutil
 
+from collector.wal import file_locks
+
 _NAME_CHARACTERS = 60
 
 
@@ -45,34 +47,9 @@ class Process:
         return f"process {self.pid} ({self.name})" if self.name else f"process {self.pid}"
 
 
-@dataclass(frozen=True)
-class Lock:
-    """`kind` is READ or WRITE; `first` is the first locked byte."""
-
-    pid: int
-    kind: str
-    first: int
-
-
-def locks(path: Path) -> list[Lock]:
-    """The locks that are held on a file; none if it is not there."""
-    try:
-        inode = path.stat().st_ino
-        table = Path("/proc/locks").read_text()
-    except OSError:
-        return []
-    held = []
-    for line in table.splitlines():
-        # "3: POSIX  ADVISORY  WRITE 8770 fe:00:2148705 120 120"; one who waits has "->" in it
-        _, *words = line.split()
-        if words[0] != "->" and words[4].rpartition(":")[2] == str(inode):
-            held.append(Lock(int(words[3]), words[2], int(words[5])))
-    return held
-
-
 def lock_owner(path: Path) -> Process | None:
     """The process that holds a lock file, None if nobody does."""
-    return next((Process.of(lock.pid) for lock in locks(path)), None)
+    return next((Process.of(lock.pid) for lock in file_locks(path)), None)
 
 
 def users(paths: Iterable[Path]) -> dict[int, bool]:

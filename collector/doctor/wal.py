@@ -10,7 +10,8 @@ from pathlib import Path
 
 from collector.doctor.context import Context, quoted
 from collector.doctor.finding import CannotTell, Finding, fault, ok, size, warning
-from collector.doctor.processes import Process, lock_owner, locks, users
+from collector.doctor.processes import Process, lock_owner, users
+from collector.wal import file_locks
 
 LARGE_BYTES = 128 << 20
 """Twice what bus and collector let a log keep when they empty it."""
@@ -34,7 +35,7 @@ def logs(context: Context) -> Iterator[Finding]:
         if not database.exists():
             continue
         reading = {
-            lock.pid for lock in locks(Path(f"{database}-shm")) if lock.first in _READERS
+            lock.pid for lock in file_locks(Path(f"{database}-shm")) if lock.first in _READERS
         } - {os.getpid(), _own_pid(context, database)}
         yield judge_log(
             Log(
@@ -68,7 +69,7 @@ def writers(context: Context) -> Iterator[Finding]:
     for database in existing:
         own = {os.getpid(), _own_pid(context, database)}
         in_transaction = {
-            lock.pid for lock in locks(Path(f"{database}-shm")) if lock.first == _WRITER
+            lock.pid for lock in file_locks(Path(f"{database}-shm")) if lock.first == _WRITER
         } - own
         others = {pid for pid, writes in users([database]).items() if writes} - own
         for pid in sorted(in_transaction):
