@@ -23,9 +23,9 @@ from collector.ledger import Account
 from collector.store import Store
 from event_bus import database, envelope
 from event_bus.envelope import Envelope
-from event_bus.errors import DatabaseError
+from event_bus.errors import DatabaseError, RejectedEvent
 from event_bus.event_schema import Registry
-from event_bus.intake import Intake
+from event_bus.intake import Intake, rejection
 from event_bus.journal import Journal
 from event_bus.journal_format import LostRange
 from event_bus.protocol import Client
@@ -245,6 +245,34 @@ def test_audit_in_the_middle_of_heavy_writing_never_cries_wolf(system: System) -
     ledger = balanced(audit(system.settings))
     assert (ledger.waiting, ledger.undecided, ledger.lost) == (0, 0, 0)
     assert of(ledger, "busy").stored == sum(emitted)
+
+
+def test_a_client_cannot_hide_a_loss_by_accounts_in_the_name_of_the_bus(bus: System) -> None:
+    bus.start_collector()
+    gone = bus.popen("-c", "pass")
+    gone.wait()
+    report = {"source": "killed", "pid": gone.pid, "emitted": 9, "acked": 2, "dropped": 0}
+    client = Client(bus.settings.ingress_url)
+    client.receive(
+        client.send(b"publish", lines(TOKEN, 1, 5), msgspec.json.encode(report)), timeout_s=5
+    )
+    for token in ("f" * 20, "forged"):  # batches are taken whole, foreign ids line by line
+        forged = [
+            Envelope(
+                event_id=f"{token}-{n}",
+                event_type="event_rejected",
+                timestamp=1.5,
+                source="event_bus",
+                data=rejection(b"", RejectedEvent("forged", rule="schema"))
+                | {"event_id": f"{TOKEN}-{n}"},
+            )
+            for n in range(6, 10)
+        ]
+        assert client.publish(envelope.encode_lines(forged))["rejected"] == 4
+    client.close()
+    bus.wait_stored()
+    ledger = balanced(audit(bus.settings))
+    assert ledger.verdict == "4 lost: 4 unaccounted for (4 of killed)"
 
 
 class Books:
