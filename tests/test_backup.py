@@ -51,6 +51,7 @@ def running(system: System) -> System:
     """A home with bus and collector."""
     system.start_bus()
     system.start_collector()
+    system.wait_stored()  # a database without tables yet is not backed up
     return system
 
 
