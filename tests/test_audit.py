@@ -382,6 +382,49 @@ def test_a_loss_that_is_gone_takes_its_acceptance_along(books: Books) -> None:
     assert books.audit(full=True).news
 
 
+def test_a_loss_accepted_makes_no_room_for_another_of_its_size(books: Books) -> None:
+    books.publish(TOKEN, 9)
+    books.collect()
+    books.execute("CREATE TABLE kept AS SELECT * FROM _event WHERE seq = 2")
+    books.execute("DELETE FROM _event WHERE seq IN (2, 3)")
+    assert not books.audit(full=True, accept=True).news
+    books.execute("INSERT INTO _event SELECT * FROM kept")
+    books.execute("DELETE FROM _event WHERE seq = 6")
+    ledger = books.audit(full=True)
+    assert (ledger.news, ledger.lost, ledger.accepted) == (True, 2, 1)
+    books.audit(accept=True)
+    books.execute("DELETE FROM _event WHERE seq = 2")
+    assert books.audit(full=True).news  # it was there meanwhile
+
+
+def test_a_hole_that_grows_is_news_as_far_as_it_grew(books: Books) -> None:
+    books.publish(TOKEN, 9)
+    books.collect()
+    books.execute("DELETE FROM _event WHERE seq IN (4, 5)")
+    books.audit(accept=True)
+    books.execute("DELETE FROM _event WHERE seq IN (3, 6)")
+    ledger = books.audit(full=True)
+    assert (ledger.news, ledger.lost, ledger.accepted) == (True, 4, 2)
+
+
+def test_what_one_process_lost_is_not_accepted_of_another(books: Books) -> None:
+    def gone(token: str, lost: int) -> None:
+        books.intake.take(
+            lines(token, 1, 2), json.dumps({"source": "s", "pid": 4_194_303, "emitted": 2 + lost})
+        )
+        books.intake.commit()
+        books.collect()
+
+    gone(TOKEN, 3)
+    assert (books.audit().news, books.audit(accept=True).accepted) == (True, 3)
+    assert not books.audit().news
+    books.intake.take(lines(TOKEN, 3, 5))  # it came after all
+    books.intake.commit()
+    gone("f" * 20, 3)
+    ledger = books.audit()
+    assert (ledger.news, ledger.lost, ledger.accepted) == (True, 3, 0)
+
+
 def test_what_was_vouched_for_is_not_counted_again_unless_asked(books: Books) -> None:
     books.publish(TOKEN, 5)
     books.collect()
