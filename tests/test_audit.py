@@ -252,7 +252,7 @@ def test_a_client_cannot_hide_a_loss_by_accounts_in_the_name_of_the_bus(bus: Sys
     gone = bus.popen("-c", "pass")
     gone.wait()
     report = {"source": "killed", "pid": gone.pid, "emitted": 9, "acked": 2, "dropped": 0}
-    client = Client(bus.settings.ingress_url)
+    client = Client(bus.settings)
     client.receive(
         client.send(b"publish", lines(TOKEN, 1, 5), msgspec.json.encode(report)), timeout_s=5
     )
