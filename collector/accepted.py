@@ -4,22 +4,76 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
 
+from collector.ledger import Account, Range
+
 FILE = "audit-accepted.json"
 
+Seqs = list[tuple[int, int]]
+"""First and last of each range, in order, none touching another."""
 
-class Accepted(msgspec.Struct, frozen=True):
-    """Events lost, and losses of which nobody knows how many events they were."""
 
-    lost: int = 0
-    unknown: int = 0
+class Accepted(msgspec.Struct, kw_only=True, frozen=True):
+    """Losses by what they are, so that one that is put right makes no room for another.
 
-    def within(self, found: Accepted) -> Accepted:
-        """No more than there is: a new database begins without losses."""
-        return Accepted(min(self.lost, found.lost), min(self.unknown, found.unknown))
+    `seqs` are of the journal `journal_id`, `endless` the first seqs of losses whose end nobody
+    knows, the rest are counts by process.
+    """
+
+    journal_id: str = ""
+    seqs: Seqs = []
+    endless: list[int] = []
+    dropped: dict[str, int] = {}
+    unaccounted: dict[str, int] = {}
+
+    @classmethod
+    def of(cls, journal_id: str, accounts: Iterable[Account], ranges: Iterable[Range]) -> Accepted:
+        """All that is lost."""
+        accounts, ranges = list(accounts), list(ranges)
+        return cls(
+            journal_id=journal_id,
+            seqs=_seqs(ranges),
+            endless=sorted({r.first_seq for r in ranges if r.last_seq is None}),
+            dropped={a.producer: a.dropped for a in accounts if a.dropped},
+            unaccounted={a.producer: a.unaccounted for a in accounts if a.unaccounted},
+        )
+
+    def still(self, accounts: Sequence[Account], ranges: Sequence[Range]) -> Accepted:
+        """Without what is lost no more: should it be lost again, that is news."""
+        # What is undecided for a moment is not found.
+        found = {a.producer: a.unaccounted + a.undecided for a in accounts}
+        dropped = {a.producer: a.dropped for a in accounts}
+        endless = {r.first_seq for r in ranges if r.last_seq is None}
+        return Accepted(
+            journal_id=self.journal_id,
+            seqs=[piece for a, b in _seqs(ranges) for piece in _within(self.seqs, a, b)],
+            endless=[seq for seq in self.endless if seq in endless],
+            dropped=_at_most(self.dropped, dropped),
+            unaccounted=_at_most(self.unaccounted, found),
+        )
+
+    def compare(self, accounts: Iterable[Account], ranges: Iterable[Range]) -> tuple[int, bool]:
+        """How many of the events lost are accepted, and whether there is a loss that is not."""
+        known, news = 0, False
+        for r in ranges:
+            if r.last_seq is None:
+                news |= r.first_seq not in self.endless
+            elif r.events:
+                covered = sum(b - a + 1 for a, b in _within(self.seqs, r.first_seq, r.last_seq))
+                known += min(covered, r.events)
+                news |= covered <= r.last_seq - r.first_seq
+        for account in accounts:
+            for lost, accepted in (
+                (account.dropped, self.dropped.get(account.producer, 0)),
+                (account.unaccounted, self.unaccounted.get(account.producer, 0)),
+            ):
+                known += min(lost, accepted)
+                news |= lost > accepted
+        return known, news
 
 
 def load(home: Path) -> Accepted:
@@ -38,13 +92,43 @@ def save(home: Path, accepted: Accepted) -> None:
     new.replace(home / FILE)
 
 
-def reconcile(home: Path, found: Accepted, *, accept: bool) -> Accepted:
+def reconcile(
+    home: Path,
+    journal_id: str,
+    accounts: Sequence[Account],
+    ranges: Sequence[Range],
+    *,
+    accept: bool,
+) -> Accepted:
     """What of the losses found is accepted; with `accept` all of it. Raises OSError then."""
     before = load(home)
-    now = found if accept else before.within(found)
     if accept:
+        now = Accepted.of(journal_id, accounts, ranges)
         save(home, now)
-    elif now != before:
+        return now
+    if before.journal_id != journal_id:  # its seqs are other events
+        return Accepted()
+    now = before.still(accounts, ranges)
+    if now != before:
         with contextlib.suppress(OSError):  # a home that only others may write
             save(home, now)
     return now
+
+
+def _seqs(ranges: Iterable[Range]) -> Seqs:
+    merged: Seqs = []
+    for first, last in sorted((r.first_seq, r.last_seq or 0) for r in ranges if r.events):
+        if merged and first <= merged[-1][1] + 1:
+            merged[-1] = merged[-1][0], max(merged[-1][1], last)
+        else:
+            merged.append((first, last))
+    return merged
+
+
+def _within(seqs: Seqs, first: int, last: int) -> Seqs:
+    return [(max(a, first), min(b, last)) for a, b in seqs if a <= last and b >= first]
+
+
+def _at_most(counts: dict[str, int], found: dict[str, int]) -> dict[str, int]:
+    kept = {token: min(n, found.get(token, 0)) for token, n in counts.items()}
+    return {token: n for token, n in kept.items() if n}

@@ -17,7 +17,7 @@ import msgspec
 import psutil
 
 from collector import ledger, vouched
-from collector.accepted import Accepted, reconcile
+from collector.accepted import reconcile
 from collector.journal_view import JournalView, ProducerRow
 from collector.ledger import Account, Held, Known, Range
 from collector.reader import Reader
@@ -125,18 +125,23 @@ def audit(settings: Settings, *, full: bool = False, accept: bool = False) -> Le
     by_ranges = sum(r.events for r in ranges)
     ledger.settle_missing(accounts, by_ranges - sum(a.missing for a in accounts))
     lost, verdict = ledger.verdict(accounts, ranges)
-    endless = sum(r.last_seq is None for r in ranges)
-    found = Accepted(lost, endless)
-    known = _known(settings, found, accept=accept)
-    if known != Accepted():
-        verdict += f" ({known.lost} of them known and accepted)"
+    try:
+        accepted = reconcile(settings.home, journal.journal_id, accounts, ranges, accept=accept)
+    except OSError as e:
+        raise DatabaseError(
+            f"cannot note in {settings.home} which losses are accepted: {e.strerror}",
+            hint="run it as the owner of that directory",
+        ) from e
+    known, news = accepted.compare(accounts, ranges)
+    if known or accepted.endless:
+        verdict += f" ({known} of them known and accepted)"
     total = ledger.total([*accounts, *foreign])
     return Ledger(
         verdict=verdict,
         lost=lost,
-        accepted=known.lost,
-        news=known != found,
-        at_least=endless > 0,
+        accepted=known,
+        news=news,
+        at_least=any(r.last_seq is None for r in ranges),
         waiting=total.in_memory + total.in_spool,
         **{name: getattr(total, name) for name in ledger.SUMMED if name != "processes"},
         truncated=tally.truncated,
@@ -153,16 +158,6 @@ def audit(settings: Settings, *, full: bool = False, accept: bool = False) -> Le
         sources=ledger.by_source([*accounts, *foreign]),
         producers=accounts,
     )
-
-
-def _known(settings: Settings, found: Accepted, *, accept: bool) -> Accepted:
-    try:
-        return reconcile(settings.home, found, accept=accept)
-    except OSError as e:
-        raise DatabaseError(
-            f"cannot note in {settings.home} which losses are accepted: {e.strerror}",
-            hint="run it as the owner of that directory",
-        ) from e
 
 
 def _not_to_come(journal: JournalView, stored_seq: int, told: list[Range]) -> list[Range]:

@@ -215,7 +215,10 @@ class Keeper:
         """The database is damaged: put it aside and make a new one."""
         self._let_go()
         moved = self._move_aside(CORRUPT)
-        self._tell(f"{error}; it is {moved} now, and a new one is filled from the journal")
+        self._tell(
+            f"{error}; it is {moved} now, and a new one is filled from the journal;"
+            " what neither of them has, a backup may: `bitten restore --only database`"
+        )
         self._retry(self._open)
 
     def _put_back(self, error: DatabaseReplaced) -> None:

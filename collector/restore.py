@@ -14,7 +14,7 @@ from collector.backup import copy_file, make_directory, sync
 from collector.consumer import CONSUMER
 from collector.manifest import Manifest
 from collector.verify import database_facts, journal_facts
-from event_bus import database
+from event_bus import database, recovery
 from event_bus.errors import BackupError
 from event_bus.lock import FileLock
 from event_bus.settings import Settings
@@ -41,14 +41,16 @@ def _check_home(backup: Path, settings: Settings, *, only_database: bool) -> Man
     manifest = Manifest.read(backup)
     if only_database and manifest.database is None:
         raise BackupError(f"{backup} has no database", hint="use another backup")
-    for path in (settings.db,) if only_database else (settings.db, settings.journal):
-        # A WAL that is left over would be taken for the restored file's.
-        for there in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
-            if there.exists():
-                raise BackupError(
-                    f"{there} is there already; nothing was restored",
-                    hint=f"move it aside (mv {there} {there}.old) or use another BITTEN_HOME",
-                )
+    # A WAL that is left over would be taken for the restored file's.
+    in_the_way = _with_log(settings.db)
+    if not only_database:
+        in_the_way += [*_with_log(settings.journal), *recovery.left_over(settings.journal)]
+    for there in in_the_way:
+        if there.exists():
+            raise BackupError(
+                f"{there} is there already; nothing was restored",
+                hint=f"move it aside (mv {there} {there}.old) or use another BITTEN_HOME",
+            )
     if only_database:
         _check_journal(manifest, settings.journal)
     return manifest
@@ -87,6 +89,7 @@ def restore(backup: Path, settings: Settings, *, only_database: bool = False) ->
         if not only_database:
             targets[m.JOURNAL] = settings.journal
         prepared: dict[Path, Path] = {}
+        placed: list[Path] = []
         try:
             for name, target in targets.items():
                 if name in manifest.files:
@@ -94,11 +97,16 @@ def restore(backup: Path, settings: Settings, *, only_database: bool = False) ->
                     _prepare(backup, name, prepared[target], manifest, journal_id)
             for target, path in prepared.items():
                 path.rename(target)
+                placed.append(target)
+            for target in placed:
+                sync(target.parent)
+        except BaseException:
+            for target in placed:
+                target.unlink()
+            raise
         finally:
             for path in prepared.values():
                 path.unlink(missing_ok=True)
-        for target in prepared:
-            sync(target.parent)
     return manifest
 
 
@@ -123,9 +131,8 @@ def _prepare(
         database_facts(path, backup / name)
     else:
         journal_facts(path, backup / name, stored_seq=manifest.stored_seq)
-    # Reading made these; nothing is in them.
-    for suffix in ("-wal", "-shm"):
-        Path(f"{path}{suffix}").unlink(missing_ok=True)
+    for log in _with_log(path)[1:]:  # reading made them; nothing is in them
+        log.unlink(missing_ok=True)
     sync(path)
 
 
@@ -136,6 +143,10 @@ def _copy(backup: Path, name: str, target: Path, manifest: Manifest) -> None:
     except BackupError:
         target.unlink()
         raise
+
+
+def _with_log(path: Path) -> list[Path]:
+    return [path, Path(f"{path}-wal"), Path(f"{path}-shm")]
 
 
 def _check_journal(manifest: Manifest, path: Path) -> None:

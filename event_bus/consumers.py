@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from event_bus.health import STALLED_AFTER_S
 from event_bus.journal import Journal
 
 MAX_CONSUMERS = 1_000
@@ -49,6 +50,8 @@ class Consumers(dict[str, Consumer]):
         stood still with the whole machine, says nothing about a consumer."""
         for consumer in self.values():
             consumer.silent_s += seconds
+            if consumer.silent_s >= STALLED_AFTER_S:
+                consumer.problem = ""  # nobody says so any more; that it is silent is told instead
 
     def is_full_for(self, name: str) -> bool:
         return len(self) >= MAX_CONSUMERS and name not in self

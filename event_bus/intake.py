@@ -23,6 +23,7 @@ from event_bus.journal import Journal
 from event_bus.journal_format import Producer, Run
 
 SOURCE = "event_bus"
+REFUSAL = "event_rejected"
 TURN_S = 10.0
 MAX_BATCH_LINES = 20_000
 MAX_REPORT_BYTES = 4_096
@@ -188,7 +189,9 @@ class Intake:
         self._bytes += len(body)
 
     def _learn(self) -> None:
-        self._checks.update({t.name: t.is_valid for t in self.registry if not _is_own(t)})
+        known = {t.name: t.is_valid for t in self.registry if not _is_own(t)}
+        known.pop(REFUSAL, None)  # these are looked at one by one: a client's may not be the bus's
+        self._checks.update(known)
 
     def _producer(self, token: str, last_n: int) -> Producer:
         producer = self.journal.producer(token)
@@ -322,6 +325,13 @@ class Intake:
                 path="event_type",
                 value=name,
             )
+        if name == REFUSAL and event.source == SOURCE:
+            raise RejectedEvent(
+                f"{name} of source {SOURCE} is published by the bus alone",
+                rule="source",
+                path="source",
+                value=SOURCE,
+            )
         event_type.check(event.data)
 
     def _stored_line(self, event: Envelope) -> bytes | None:
@@ -360,7 +370,7 @@ class Intake:
         return self._split[1][index]
 
     def _reject(self, line: bytes, error: RejectedEvent, event: Envelope | None) -> None:
-        self.emit("event_rejected", rejection(line, error, event))
+        self.emit(REFUSAL, rejection(line, error, event))
 
 
 def _is_own(event_type: EventType) -> bool:

@@ -77,6 +77,11 @@ def mark_damaged(path: Path, reason: str) -> None:
         log.error("cannot write %s: %s", _marker(path), e.strerror)
 
 
+def left_over(path: Path) -> list[Path]:
+    """Where a recovery leaves what the next start goes by, beside the journal at `path`."""
+    return [path.with_suffix(".recovered"), path.with_suffix(".recovering"), _marker(path)]
+
+
 def put_back(journal: Journal, clock: Callable[[], float]) -> None:
     """A file of it was removed or replaced while it is open: put all it holds in its place again.
 

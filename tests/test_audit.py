@@ -23,9 +23,9 @@ from collector.ledger import Account
 from collector.store import Store
 from event_bus import database, envelope
 from event_bus.envelope import Envelope
-from event_bus.errors import DatabaseError
+from event_bus.errors import DatabaseError, RejectedEvent
 from event_bus.event_schema import Registry
-from event_bus.intake import Intake
+from event_bus.intake import Intake, rejection
 from event_bus.journal import Journal
 from event_bus.journal_format import LostRange
 from event_bus.protocol import Client
@@ -247,6 +247,34 @@ def test_audit_in_the_middle_of_heavy_writing_never_cries_wolf(system: System) -
     assert of(ledger, "busy").stored == sum(emitted)
 
 
+def test_a_client_cannot_hide_a_loss_by_accounts_in_the_name_of_the_bus(bus: System) -> None:
+    bus.start_collector()
+    gone = bus.popen("-c", "pass")
+    gone.wait()
+    report = {"source": "killed", "pid": gone.pid, "emitted": 9, "acked": 2, "dropped": 0}
+    client = Client(bus.settings)
+    client.receive(
+        client.send(b"publish", lines(TOKEN, 1, 5), msgspec.json.encode(report)), timeout_s=5
+    )
+    for token in ("f" * 20, "forged"):  # batches are taken whole, foreign ids line by line
+        forged = [
+            Envelope(
+                event_id=f"{token}-{n}",
+                event_type="event_rejected",
+                timestamp=1.5,
+                source="event_bus",
+                data=rejection(b"", RejectedEvent("forged", rule="schema"))
+                | {"event_id": f"{TOKEN}-{n}"},
+            )
+            for n in range(6, 10)
+        ]
+        assert client.publish(envelope.encode_lines(forged))["rejected"] == 4
+    client.close()
+    bus.wait_stored()
+    ledger = balanced(audit(bus.settings))
+    assert ledger.verdict == "4 lost: 4 unaccounted for (4 of killed)"
+
+
 class Books:
     """Journal and database of a home, written without sockets by what daemons write them with."""
 
@@ -352,6 +380,49 @@ def test_a_loss_that_is_gone_takes_its_acceptance_along(books: Books) -> None:
     assert books.audit().lost == 0
     books.execute("DELETE FROM _event WHERE seq = 3")
     assert books.audit(full=True).news
+
+
+def test_a_loss_accepted_makes_no_room_for_another_of_its_size(books: Books) -> None:
+    books.publish(TOKEN, 9)
+    books.collect()
+    books.execute("CREATE TABLE kept AS SELECT * FROM _event WHERE seq = 2")
+    books.execute("DELETE FROM _event WHERE seq IN (2, 3)")
+    assert not books.audit(full=True, accept=True).news
+    books.execute("INSERT INTO _event SELECT * FROM kept")
+    books.execute("DELETE FROM _event WHERE seq = 6")
+    ledger = books.audit(full=True)
+    assert (ledger.news, ledger.lost, ledger.accepted) == (True, 2, 1)
+    books.audit(accept=True)
+    books.execute("DELETE FROM _event WHERE seq = 2")
+    assert books.audit(full=True).news  # it was there meanwhile
+
+
+def test_a_hole_that_grows_is_news_as_far_as_it_grew(books: Books) -> None:
+    books.publish(TOKEN, 9)
+    books.collect()
+    books.execute("DELETE FROM _event WHERE seq IN (4, 5)")
+    books.audit(accept=True)
+    books.execute("DELETE FROM _event WHERE seq IN (3, 6)")
+    ledger = books.audit(full=True)
+    assert (ledger.news, ledger.lost, ledger.accepted) == (True, 4, 2)
+
+
+def test_what_one_process_lost_is_not_accepted_of_another(books: Books) -> None:
+    def gone(token: str, lost: int) -> None:
+        books.intake.take(
+            lines(token, 1, 2), json.dumps({"source": "s", "pid": 4_194_303, "emitted": 2 + lost})
+        )
+        books.intake.commit()
+        books.collect()
+
+    gone(TOKEN, 3)
+    assert (books.audit().news, books.audit(accept=True).accepted) == (True, 3)
+    assert not books.audit().news
+    books.intake.take(lines(TOKEN, 3, 5))  # it came after all
+    books.intake.commit()
+    gone("f" * 20, 3)
+    ledger = books.audit()
+    assert (ledger.news, ledger.lost, ledger.accepted) == (True, 3, 0)
 
 
 def test_what_was_vouched_for_is_not_counted_again_unless_asked(books: Books) -> None:

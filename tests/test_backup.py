@@ -20,6 +20,9 @@ from conftest import System, wait_until
 from disks import small_disk
 
 from collector.backup_schedule import BackupSchedule
+from collector.restore import restore
+from event_bus import database
+from event_bus.errors import BackupError
 from event_bus.settings import Settings
 
 PUBLISH = """
@@ -48,6 +51,7 @@ def running(system: System) -> System:
     """A home with bus and collector."""
     system.start_bus()
     system.start_collector()
+    system.wait_stored()  # a database without tables yet is not backed up
     return system
 
 
@@ -235,7 +239,11 @@ def test_restore_touches_nothing_that_is_there(running: System, other: System) -
     busy = running.bitten("restore", made["path"])
     assert busy.returncode == 4
     assert "is already running here" in busy.stderr
-    for name in ("journal.db", "bitten_events.db-wal"):
+    # The last three a starting bus would take for the state of the restored journal.
+    for name in (
+        *("journal.db", "bitten_events.db-wal"),
+        *("journal.recovered", "journal.recovering", "journal.db.damaged"),
+    ):
         there = other.home / name
         other.home.mkdir(exist_ok=True)
         there.write_text("mine")
@@ -245,6 +253,25 @@ def test_restore_touches_nothing_that_is_there(running: System, other: System) -
         assert there.read_text() == "mine"
         there.unlink()
     assert other.bitten("restore", made["path"]).returncode == 0
+
+
+def test_restore_that_fails_half_way_leaves_neither_file(
+    running: System, other: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(running, 0, 10)
+    made = make(running)
+    in_the_way, connect = other.settings.journal, database.connect
+
+    def connect_late(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name.startswith("journal.db"):  # somebody is quicker
+            in_the_way.mkdir(exist_ok=True)
+            (in_the_way / "mine").touch()
+        return connect(path, *args, **options)
+
+    monkeypatch.setattr(database, "connect", connect_late)
+    with pytest.raises(BackupError, match="neither database nor journal was put there"):
+        restore(Path(made["path"]), other.settings)
+    assert [n for n in names(other.home) if ".db" in n and "lock" not in n] == ["journal.db"]
 
 
 @pytest.mark.parametrize("name", ["bitten_events.db", "journal.db", "manifest.json"])

@@ -176,7 +176,9 @@ def test_database_damaged_at_the_start_is_kept_and_made_anew(
     assert_database_is_the_journal(collected)
     (kept,) = files(collected, "corrupt")
     assert kept.read_bytes() == damaged
-    assert "filled from the journal" in wait_until(lambda: problem(collected), "it is told")
+    told = wait_until(lambda: problem(collected), "it is told")
+    assert "filled from the journal" in told
+    assert "bitten restore --only database" in told
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

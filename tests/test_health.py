@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from conftest import System, wait_until
 from disks import small_disk
 from test_broker import Start, line, start  # noqa: F401 — a fixture
 
+from event_bus.consumers import Consumer, Consumers
 from event_bus.errors import BusRefused
-from event_bus.health import ConsumerFacts, Facts, Health, LossFacts, find_problems
+from event_bus.health import STALLED_AFTER_S, ConsumerFacts, Facts, Health, LossFacts, find_problems
+from event_bus.journal import Journal
 from event_bus.protocol import Client
 
 WELL = ConsumerFacts(lag=5, silent_s=29.0, problem="")
@@ -148,3 +151,13 @@ def test_full_disk_is_over_by_itself_when_there_is_room_and_is_told_afterwards(
             client.close()
         finally:
             system.close()
+
+
+def test_problem_of_a_consumer_that_has_ended_is_no_problem_for_ever(tmp_path: Path) -> None:
+    with contextlib.closing(Journal(tmp_path / "journal.db")) as journal:
+        consumers = Consumers(journal)
+        consumers["data_collector"] = Consumer(1, 0.0, problem="its disk is full")
+        consumers.pass_time(STALLED_AFTER_S - 1)
+        assert consumers.status()["data_collector"]["problem"] == "its disk is full"
+        consumers.pass_time(1)
+        assert consumers.status()["data_collector"]["problem"] == ""
