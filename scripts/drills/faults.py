@@ -6,6 +6,8 @@ its name (with `-` for `_`) is what DRILL_FAULT says.
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -154,8 +156,188 @@ def any_size(_: str) -> None:
     protocol.MAX_MESSAGE_BYTES = -1
 
 
+def never_red(_: str) -> None:
+    """The bus finds nothing wrong, whatever it is."""
+    from event_bus import health
+
+    health.find_problems = lambda _: []
+
+
+def files_unwatched(_: str) -> None:
+    """Bus and collector do not look whether their files are still there."""
+    if _program() == "bus":
+        from event_bus.journal_file import JournalFile
+
+        JournalFile.is_in_place = lambda _: True  # type: ignore[method-assign]
+    if _program() == "collect":
+        from collector.store import Store
+
+        Store.check_file = lambda _: None  # type: ignore[method-assign]
+
+
+def corrupt_deleted(_: str) -> None:
+    """What would be put aside as damaged is deleted."""
+    rename = Path.rename
+
+    def deleting(self: Path, target: Any) -> Any:
+        if ".corrupt-" not in str(target):
+            return rename(self, target)
+        self.unlink()
+        return Path(target)
+
+    Path.rename = deleting  # type: ignore[method-assign]
+
+
+def wal_uncut(_: str) -> None:
+    """The collector does not cut its write-ahead log."""
+    if _program() != "collect":
+        return
+    from collector.store import Store
+
+    init = Store.__init__
+
+    def unlimited(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self._db.execute("PRAGMA journal_size_limit=-1")
+
+    Store.__init__ = unlimited  # type: ignore[method-assign]
+    Store.shrink_wal = lambda _: False  # type: ignore[method-assign]
+
+
+def leak(_: str) -> None:
+    """The bus opens a file each second and does not close it."""
+    if _program() != "bus":
+        return
+    from event_bus.status import BrokerStatus
+
+    heartbeat = BrokerStatus.heartbeat
+
+    def leaking(self: Any) -> Any:
+        os.open(os.devnull, os.O_RDONLY)
+        return heartbeat(self)
+
+    BrokerStatus.heartbeat = leaking  # type: ignore[method-assign]
+
+
+def descriptors_needed(_: str) -> None:
+    """The bus cannot do without a free file descriptor."""
+    if _program() != "bus":
+        return
+    from event_bus.status import BrokerStatus
+
+    BrokerStatus._memory_bytes = (  # type: ignore[method-assign]
+        lambda self: self._process.memory_info().rss
+    )
+
+
+def slow_exit(_: str) -> None:
+    """The process takes three seconds to end."""
+    atexit.register(time.sleep, 3)
+
+
+def no_heartbeats(_: str) -> None:
+    """The bus does not ask its peers whether they live."""
+    from event_bus import ports
+
+    ports.PROBE_MS = 0
+
+
+def times_put_right(_: str) -> None:
+    """The collector takes a timestamp that cannot be true for the time of receipt."""
+    if _program() != "collect":
+        return
+    import msgspec
+
+    from collector.store import Store
+
+    write = Store._write_events
+
+    def mending(self: Any, first_seq: int, received_at: float, events: list[Any]) -> None:
+        true = [
+            e if abs(e.timestamp - received_at) < 86_400 else _at(e, received_at) for e in events
+        ]
+        write(self, first_seq, received_at, true)
+
+    def _at(event: Any, timestamp: float) -> Any:
+        return msgspec.structs.replace(event, timestamp=timestamp)
+
+    Store._write_events = mending  # type: ignore[method-assign]
+
+
+def unescaped(_: str) -> None:
+    """Commands print what comes from others as it is."""
+    import re
+
+    from event_bus.cli import escape
+
+    escape._CONTROL = re.compile(r"(?!)")
+
+
+def raw_clock(_: str) -> None:
+    """The bus trims by what the clock says, wherever it jumps."""
+    if _program() != "bus":
+        return
+    from event_bus.housekeeping import Housekeeping
+
+    Housekeeping._steady_now = lambda self: self._clock()  # type: ignore[method-assign]
+
+
+def watch_acks(directory: str) -> None:
+    """No fault: each acknowledgement that the bus hands out once strace has made a sync fail is a
+    line in the file `acked-late`."""
+    if _program() != "bus":
+        return
+    from event_bus import protocol
+    from event_bus.broker import Broker
+
+    log, late = Path(directory) / "bus.log", Path(directory) / "acked-late"
+    reply = Broker._reply
+
+    def watching(self: Any, route: list[bytes], verb: bytes, *frames: bytes) -> None:
+        if verb == protocol.ACK and b"(INJECTED)" in log.read_bytes():
+            with late.open("a") as out:
+                out.write("1\n")
+        reply(self, route, verb, *frames)
+
+    Broker._reply = watching  # type: ignore[method-assign]
+
+
+def sync_forgiven(_: str) -> None:
+    """The bus does not mind the first commit that fails."""
+    if _program() != "bus":
+        return
+    from event_bus.errors import JournalError
+    from event_bus.intake import Intake
+
+    commit = Intake.commit
+    forgiven: list[Exception] = []
+
+    def forgiving(self: Any) -> None:
+        try:
+            commit(self)
+        except JournalError as e:
+            if forgiven:
+                raise
+            forgiven.append(e)
+
+    Intake.commit = forgiving  # type: ignore[method-assign]
+
+
 FAULTS: dict[str, Callable[[str], None]] = {
     "clock": clock,
+    "never-red": never_red,
+    "files-unwatched": files_unwatched,
+    "corrupt-deleted": corrupt_deleted,
+    "wal-uncut": wal_uncut,
+    "leak": leak,
+    "descriptors-needed": descriptors_needed,
+    "slow-exit": slow_exit,
+    "no-heartbeats": no_heartbeats,
+    "times-put-right": times_put_right,
+    "unescaped": unescaped,
+    "raw-clock": raw_clock,
+    "sync-forgiven": sync_forgiven,
+    "watch-acks": watch_acks,
     "any-size": any_size,
     "record": record,
     "refused-is-gone": refused_is_gone,

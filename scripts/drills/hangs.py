@@ -24,11 +24,11 @@ GROWTH_BYTES = 64 << 20
     name="hung-peer",
     fault="SIGSTOP of a subscriber, of the collector, of the bus",
     long="5 rounds of 20 s each",
-    plant="the collector leaves one event out",
-    breaks="seqs are missing",
+    plant="the bus does not ask its peers whether they live",
+    breaks="a hung subscriber is cut",
 )
 def hung_peer(trial: Trial) -> None:
-    up = trial.start(fault="one-event-dropped" if trial.planted else "")
+    up = trial.start(fault="no-heartbeats" if trial.planted else "")
     load = trial.publish()
     wait_until(lambda: trial.next_stored(0.0), "the first event is stored")
     load.wait_started()

@@ -206,7 +206,7 @@ HOSTILE = {
     name="hostile-strings",
     fault="SQL, HTML, ANSI, newlines and NUL in every string of an event",
     long="200 rounds",
-    plant="a command that prints as it comes",
+    plant="commands print as it comes",
     breaks="prints",
 )
 def hostile_strings(trial: Trial) -> None:
@@ -230,6 +230,8 @@ def hostile_strings(trial: Trial) -> None:
             trial.expect(receipt and receipt["accepted"] == 1, f"{text!r}: {receipt}")
     raw.close()
     wait_until(trial.all_stored, "the database holds all of the journal")
+    if trial.planted:
+        system.environ |= trial.fault_environ("unescaped")
     shown = [
         system.bitten(*command, timeout=60)
         for command in (
@@ -245,8 +247,6 @@ def hostile_strings(trial: Trial) -> None:
         *((" ".join(done.args[3:]), done.stdout + done.stderr) for done in shown),
         (f"{' '.join(csv)} on a terminal", system.on_terminal(*csv)),
     ]:
-        if trial.planted:
-            text += HOSTILE["ANSI"]
         bad = sorted({c for c in text if c not in "\n\r\t" and not c.isprintable()})
         trial.expect(not bad, f"{command} prints {bad}")
     trial.settle()

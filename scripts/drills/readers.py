@@ -20,11 +20,11 @@ WAL_ALARM_BYTES = 64 << 20
     name="database-locked",
     fault="an analyst's BEGIN IMMEDIATE holds the database",
     long="3 times for 2 minutes",
-    plant="the collector leaves out one event",
-    breaks="seqs are missing",
+    plant="the bus finds nothing wrong",
+    breaks="status says that the database is locked",
 )
 def database_locked(trial: Trial) -> None:
-    up = trial.start(fault="one-event-dropped" if trial.planted else "")
+    up = trial.start(fault="never-red" if trial.planted else "")
     trial.publish()
     wait_until(lambda: trial.next_stored(0.0), "the first event is stored")
     collector = up.child("collect")
@@ -56,11 +56,11 @@ def database_locked(trial: Trial) -> None:
     name="endless-reader",
     fault="an open SELECT keeps the write-ahead log from being reset",
     long="once, to twice the alarm's size",
-    plant="the collector leaves out one event",
-    breaks="seqs are missing",
+    plant="the collector does not cut its log",
+    breaks="the WAL is cut",
 )
 def endless_reader(trial: Trial) -> None:
-    trial.start(fault="one-event-dropped" if trial.planted else "")
+    trial.start(fault="wal-uncut" if trial.planted else "")
     trial.publish()
     wait_until(lambda: trial.next_stored(0.0), "the first event is stored")
     wal = Path(f"{trial.system.db}-wal")

@@ -29,11 +29,11 @@ LONG_ENOUGH_S = 240.0
     name="soak",
     fault="bursts of 20,000 events each minute",
     long="10 minutes; --length 60 is ten hours",
-    plant="the collector leaves one event out",
-    breaks="seqs are missing",
+    plant="the bus opens a file each second",
+    breaks="file descriptors more",
 )
 def soak(trial: Trial) -> None:
-    up = trial.start(fault="one-event-dropped" if trial.planted else "")
+    up = trial.start(fault="leak" if trial.planted else "")
     load = trial.publish()
     load.wait_started()
     length_s = trial.seconds(10, 600)

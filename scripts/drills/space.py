@@ -96,15 +96,15 @@ def journal_disk_full(trial: Trial) -> None:
     fault="the database's disk is full, or its file may not grow (ulimit -f)",
     long="10 times each",
     needs=("root",),
-    plant="the collector leaves out one event",
-    breaks="seqs are missing",
+    plant="the bus finds nothing wrong",
+    breaks="status says that the collector cannot write",
 )
 def database_disk_full(trial: Trial) -> None:
     system = trial.system
     disk = trial.directory / "disk"
     with small_disk(disk):
         system.environ["BITTEN_DB"] = str(disk / "bitten_events.db")
-        up = trial.start(fault="one-event-dropped" if trial.planted else "")
+        up = trial.start(fault="never-red" if trial.planted else "")
         load = trial.publish()
         wait_until(lambda: trial.next_stored(0.0), "the first event is stored")
         resumed_s = []
