@@ -8,7 +8,7 @@ import click
 
 from collector.backup import Backup, make_backup
 from collector.manifest import Manifest, backups
-from collector.restore import find_backup, restore, restore_config
+from collector.restore import check_backup, find_backup, restore, restore_config
 from event_bus.cli.output import clock, print_json, print_table
 from event_bus.settings import Settings
 
@@ -75,6 +75,7 @@ def restore_command(
     """
     settings: Settings = context.obj
     path = find_backup(settings, name)
+    check_backup(path, only_database=only is not None)
     put: list[str] = []
     if only is None:
         put = restore_config(path, settings)

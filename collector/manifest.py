@@ -123,11 +123,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     def check(self, name: str, path: Path) -> None:
         """Raise BackupError unless the file at `path` is what was backed up as `name`."""
-        if File.of(path) != self.files[name]:
-            raise BackupError(
-                f"{name} of the backup is not what was written (SHA-256)",
-                hint="copy it again, or use another backup",
-            )
+        hint = "copy it again, or use another backup"
+        try:
+            found = File.of(path)
+        except OSError as e:
+            raise BackupError(f"cannot read {path}: {e.strerror}", hint=hint) from e
+        if found != self.files[name]:
+            raise BackupError(f"{name} of the backup is not what was written (SHA-256)", hint=hint)
 
 
 def name_at(moment: float) -> str:

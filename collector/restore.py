@@ -36,6 +36,14 @@ def find_backup(settings: Settings, name: str | None) -> Path:
     return known[-1]
 
 
+def check_backup(backup: Path, *, only_database: bool) -> None:
+    """Raise BackupError unless it is what was written, before anything is made or held."""
+    manifest = Manifest.read(backup)
+    for name in manifest.files:
+        if name == m.DATABASE or not only_database:
+            manifest.check(name, backup / name)
+
+
 def _check_home(backup: Path, settings: Settings, *, only_database: bool) -> Manifest:
     """The backup's manifest. Raises BackupError if something in the home is in the way."""
     manifest = Manifest.read(backup)

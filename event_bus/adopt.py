@@ -1,4 +1,4 @@
-"""Adoption: the broker takes in what dead processes left in the spool directory."""
+"""Adoption: broker and bridges take over what dead processes left in the spool directory."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import os
 import time
 from pathlib import Path
 
-from event_bus.intake import Intake
 from event_bus.spool import open_locked
 
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
+MAX_LINE_BYTES = 8 << 20
+"""No event is as long, and no message may be longer."""
+
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 """Too many connections: that passes, and the broker goes on meanwhile."""
 
@@ -24,11 +26,12 @@ STALE_AFTER_S = 60.0
 class SpoolAdopter:
     """Reads spool files that nobody holds the lock of, chunk by chunk, and removes them.
 
-    `feed` gives a chunk to the intake; `done` after the commit, or `rewind` when it failed.
+    `read` gives a chunk; `done` when it is in the journal, or `rewind` when that failed.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, chunk_bytes: int = CHUNK_BYTES) -> None:
         self._directory = directory
+        self._chunk_bytes = chunk_bytes
         self._fd = -1
         self._path = directory
         self._offset = 0
@@ -82,42 +85,46 @@ class SpoolAdopter:
             path.unlink(missing_ok=True)
             os.close(fd)
 
-    def feed(self, intake: Intake, max_bytes: int) -> None:
-        """Give the next chunk to the intake, unless its group is large already."""
-        if self._fd < 0 or intake.pending_bytes >= max_bytes:
-            return
+    def read(self) -> bytes:
+        """The next chunk of the file in hand; empty if there is none."""
+        if self._fd < 0:
+            return b""
         try:
-            chunk = os.pread(self._fd, CHUNK_BYTES, self._offset)
+            chunk = os.pread(self._fd, self._chunk_bytes, self._offset)
             end = chunk.rfind(b"\n") + 1
             if not end:  # one line longer than a chunk, or a last line cut short by a crash
-                chunk = os.pread(self._fd, 8 * CHUNK_BYTES, self._offset)
+                chunk = os.pread(self._fd, MAX_LINE_BYTES, self._offset)
                 end = chunk.find(b"\n") + 1 or len(chunk)
         except OSError as e:
             self._leave(self._path, e)
-            os.close(self._fd)
-            self._fd = -1
-            return
-        if chunk:
-            self._fed = end
-            intake.take(chunk[:end])
+            self.release()
+            return b""
+        self._fed = end
+        return chunk[:end]
 
     def _leave(self, path: Path, error: OSError) -> None:
-        """Say once that a file cannot be read; it is tried again when the broker restarts."""
+        """Say once that a file cannot be read; it is tried again by the next process."""
         log.error("cannot adopt %s: %s; its events wait there", path, error.strerror)
         self._left.add(path)
 
     def done(self) -> None:
-        """The fed chunk is on disk in the journal."""
+        """The chunk that was read is on disk in the journal."""
         if self._fd < 0:
             return
         self._offset += self._fed
         self._fed = 0
         if self._offset >= os.fstat(self._fd).st_size:
             self._path.unlink(missing_ok=True)
-            os.close(self._fd)
-            self._fd = -1
+            self.release()
             self.look()
 
     def rewind(self) -> None:
-        """The fed chunk is not in the journal: it will be fed again."""
+        """The chunk that was read is not in the journal: it will be read again."""
         self._fed = 0
+
+    def release(self) -> None:
+        """Let go of the file, leaving what it holds to whoever looks next."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+        self._offset = self._fed = 0

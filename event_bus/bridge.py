@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -31,6 +31,9 @@ from event_bus.plain import (
     printable,
 )
 from event_bus.settings import Settings
+
+if TYPE_CHECKING:
+    from event_bus.orphans import Orphans
 
 log = logging.getLogger("event_bus.bridge")
 
@@ -101,6 +104,8 @@ class Bridge:
         self.settled_changed = threading.Condition()
         self.acked = self.lost = self.overflowed = self.refused = self.refused_by_bus = 0
         self.connected = False
+        self.orphans: Orphans | None = None
+        self.no_orphans = threading.Event()
         self.last_error = ""
         self.loss: _Loss | None = None
         self._n = 0
@@ -121,6 +126,8 @@ class Bridge:
 
     def _after_fork_in_child(self) -> None:
         self.outbox.spool.release()
+        if self.orphans is not None:
+            self.orphans.let_go()
         self._reset()
 
     @property

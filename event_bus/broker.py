@@ -172,7 +172,8 @@ class Broker:
         try:
             if self._ingress in ready:
                 self._drain()
-            self._adopter.feed(self.intake, MAX_GROUP_BYTES)
+            if self.intake.pending_bytes < MAX_GROUP_BYTES and (chunk := self._adopter.read()):
+                self.intake.take(chunk)
             self._housekeeping.run_due()
             self.intake.commit()
         except JournalError as e:

@@ -19,6 +19,7 @@ import zmq
 from event_bus import keys, protocol
 from event_bus.bridge import BATCH_BYTES, BATCH_EVENTS
 from event_bus.errors import KeysError
+from event_bus.orphans import PREFIX, Orphans
 
 if TYPE_CHECKING:
     from event_bus.bridge import Bridge
@@ -63,6 +64,7 @@ class Delivery:
     def __init__(self, bridge: Bridge) -> None:
         self._bridge = bridge
         self._outbox = bridge.outbox
+        self._orphans = bridge.orphans = Orphans(bridge.settings.spool, bridge.no_orphans)
         self._flights: deque[_Flight] = deque()
         self._requests = 0
         self._context: zmq.Context[Any] | None = None
@@ -83,6 +85,7 @@ class Delivery:
                     self._fail(f"{type(e).__name__}: {e}")
         finally:
             self._recall()
+            self._orphans.let_go()
             if self._context is not None:
                 self._context.destroy(linger=0)
 
@@ -99,9 +102,11 @@ class Delivery:
             self._bridge.report_loss()
         self._send()
         self._spill_if_needed()
+        self._send_orphans()
 
     def _connect(self) -> None:
         """Begin a connection; without the means for one the broker counts as away."""
+        self._orphans.let_go()
         self._connected = False
         self._connected_by = time.monotonic() + AWAY_CHECK_S
         self._connect_again_at = time.monotonic() + self._connect_s
@@ -145,7 +150,9 @@ class Delivery:
         if bridge.closing_at is not None:
             due += [bridge.closing_at, now + CHECK_S]
         wants = self._wants_to_send()
-        if not wants and not self._flights:
+        if not wants and not self._flights and not self._orphans.on_the_way:
+            if not self._outbox.lines and not self._outbox.spool:
+                due.append(self._orphans.due)
             self._wait_for_news(min(due) - now if due else None, self._wants_to_send)
             return
         if self._flights or self._connected:
@@ -177,6 +184,9 @@ class Delivery:
                 verb, request_id, body, *_ = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
+            if request_id.startswith(PREFIX):
+                self._orphans.answered(verb, request_id)
+                continue
             self._progress_at = time.monotonic()
             if not self._flights or self._flights[0].request_id != request_id:
                 continue  # an answer to something sent again since
@@ -212,6 +222,8 @@ class Delivery:
             self._bridge.last_error = f"no acknowledgement within {ACK_TIMEOUT_S:g} s"
             self._away_since = now - SPILL_AFTER_S
         elif self._socket is not None and self._socket.poll(0, zmq.POLLOUT):
+            if not self._connected:
+                self._orphans.look_at_once()
             self._connected = self._bridge.connected = True
             self._connect_s = CONNECT_S
             self._away_since = None
@@ -258,6 +270,19 @@ class Delivery:
             except zmq.Again:
                 self._recall()
                 return
+
+    def _send_orphans(self) -> None:
+        """What dead processes left goes only while nothing of our own waits."""
+        if self._flights or self._outbox.lines or self._outbox.spool:
+            return
+        try:
+            if self._socket is not None and self._connected and self._bridge.closing_at is None:
+                self._orphans.proceed(self._socket)
+            elif time.monotonic() >= self._orphans.due:
+                self._orphans.let_go()  # and look again later
+        except OSError as e:
+            self._orphans.let_go()
+            self._bridge.warn("orphans", f"what other processes left in the spool waits: {e}")
 
     def _lose_spool(self, problem: str) -> None:
         spool = self._outbox.spool

@@ -385,6 +385,20 @@ def test_bus_beyond_loopback_without_keys_refuses_to_start(
     assert "bitten keys allow" in done.stderr
 
 
+def test_events_left_on_another_machine_are_delivered_by_the_next_process_there(
+    guarded: Guarded,
+) -> None:
+    laptop = guarded.guest("laptop", publish="user_action")
+    away = {"BITTEN_INGRESS_URL": f"tcp://127.0.0.1:{free_port()}"}
+    assert laptop.bitten("emit", "user_action", "action=early", env=away).returncode == 3
+    assert laptop.bitten("emit", "user_action", "action=late").returncode == 0
+    assert not list(laptop.settings.spool.iterdir())
+    guarded.system.start_collector()
+    guarded.system.wait_stored()
+    rows = guarded.system.sql("SELECT action FROM user_action ORDER BY seq")
+    assert rows == [("late",), ("early",)]
+
+
 def test_bus_with_a_key_needs_an_allow_list(system: System) -> None:
     system.bitten("keys", "new")
     allowed = system.settings.keys / "allowed.yaml"

@@ -58,6 +58,8 @@ def emit(
 
     Exit code 0: all accepted. 1: some refused; rejected_events has them. 3: the bus is away; the
     events wait in $BITTEN_HOME/spool and are delivered when it starts.
+
+    What other processes left in the spool when they ended is delivered too.
     """
     bridge = _Emitter(settings)
     ids = []
@@ -76,6 +78,8 @@ def emit(
             bridge.flush(FLUSH_S)
     delivered = bridge.flush(FLUSH_S)
     connected = bridge.connected
+    if delivered and not bridge.no_orphans.wait(FLUSH_S):
+        click.echo(f"bitten: what other processes left in {settings.spool} still waits", err=True)
     bridge.close()
     stats = bridge.stats()
     accepted = [i for i in ids if i is not None]
