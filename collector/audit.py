@@ -108,6 +108,8 @@ def audit(settings: Settings, *, full: bool = False, accept: bool = False) -> Le
             raise DatabaseError(f"cannot read {settings.db}: {e}") from e
         unstored = journal.unstored(stored_seq + 1)
     status = _answer(client, request) if client else None
+    if status and status["journal_id"] != journal.journal_id:
+        status = None  # another home's
     vouched.save(settings.home, opening, journal.journal_id, tally)
     ranges += _not_to_come(journal, stored_seq, told)
     ranges.sort(key=lambda r: r.first_seq)
@@ -267,6 +269,8 @@ def _bus_may_run(settings: Settings) -> bool:
     """False if the process that its lock names is gone: then there is no answer to wait for."""
     try:
         return psutil.pid_exists(int((settings.home / "bus.lock").read_text()))
+    except FileNotFoundError:
+        return True  # a running bus makes it again
     except (OSError, ValueError):
         return False
 

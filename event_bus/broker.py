@@ -79,7 +79,7 @@ class Broker:
         self._clock = clock
         self._monotonic = monotonic
         settings.make_home()
-        self._lock = FileLock(settings.home / "bus.lock", "an event bus")
+        self._lock = FileLock(settings.home / "bus.lock", "an event bus", and_directory=True)
         self.registry = Registry(settings.schemas)
         self.registry.verify()
         for problem in self.registry.problems:
@@ -124,6 +124,7 @@ class Broker:
             self._live,
             self._adopter,
             self._watchdog,
+            self._lock,
             clock=clock,
             monotonic=monotonic,
         )

@@ -39,6 +39,7 @@ class BrokerStatus:
         self.storage_full_since: float | None = None
         self.journal_held_by: str | None = None
         self.keys_problem = ""
+        self.put_back_at: float | None = None
         self._intake = intake
         self._journal = intake.journal
         self._consumers = consumers
@@ -62,6 +63,7 @@ class BrokerStatus:
                 storage_full_since=self.storage_full_since,
                 storage=str(self._journal.path),
                 recovered=self._journal.recovered,
+                put_back_at=self.put_back_at,
                 losses=[_loss_facts(loss) for loss in self._journal.losses],
                 journal_held_by=self.journal_held_by,
                 consumers={
