@@ -50,6 +50,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     now: float
     latest: float
     storage_full_since: float | None = None
+    storage_full_reason: str = ""
     storage: str = ""
     losses: list[LossFacts] = []
     recovered: str = ""
@@ -97,8 +98,9 @@ def find_problems(facts: Facts) -> list[Problem]:
     if facts.storage_full_since is not None:
         add(
             "storage_full",
-            f"no space left for {facts.storage}: events are refused and wait with their senders",
-            "free some space; it goes on by itself",
+            f"{facts.storage_full_reason}: events are refused, and wait with their senders while"
+            " those live, then in spools as far as there is space",
+            "free some space, it goes on by itself; a limit of file sizes takes a restart",
             facts.storage_full_since,
         )
     for loss in facts.losses:

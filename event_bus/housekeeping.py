@@ -85,6 +85,7 @@ class Housekeeping:
     def storage_is_full(self, reason: str) -> None:
         if self._status.storage_full_since is None:
             self._status.storage_full_since = self._clock()
+            self._status.storage_full_reason = reason.partition("; ")[0]
             log.error("refusing events: %s", reason)
             self._look()
 

@@ -37,6 +37,7 @@ class BrokerStatus:
     ) -> None:
         self.health = Health()
         self.storage_full_since: float | None = None
+        self.storage_full_reason = ""
         self.journal_held_by: str | None = None
         self.keys_problem = ""
         self.put_back_at: float | None = None
@@ -61,6 +62,7 @@ class BrokerStatus:
                 now=now,
                 latest=self._latest,
                 storage_full_since=self.storage_full_since,
+                storage_full_reason=self.storage_full_reason,
                 storage=str(self._journal.path),
                 recovered=self._journal.recovered,
                 put_back_at=self.put_back_at,

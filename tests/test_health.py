@@ -19,6 +19,7 @@ EVERYTHING = Facts(
     now=100.0,
     latest=3_700.0,
     storage_full_since=90.0,
+    storage_full_reason="no space left for /home/journal.db",
     storage="/home/journal.db",
     losses=[
         LossFacts("events 3 to 4", 50.0, "CRC-32 is wrong", "journal.db"),

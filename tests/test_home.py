@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import resource
 import shutil
 import subprocess
 from typing import Any
 
 from conftest import System, wait_until
+from test_broker import line
 from test_collector import publish
+
+from event_bus.errors import BusRefused
+from event_bus.protocol import Client
 
 
 def codes(system: System) -> list[str]:
@@ -98,3 +104,35 @@ def test_collector_that_cannot_start_does_not_stop_the_bus(system: System) -> No
     publish(system, 5)
     shutil.rmtree(system.db)
     system.wait_stored()
+
+
+def test_file_size_limit_is_told_and_lived_with_like_a_full_disk(system: System) -> None:
+    bus = system.popen(
+        *("-m", "event_bus", "bus"),
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: resource.setrlimit(
+            resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY)
+        ),
+    )
+    wait_until(lambda: system.status(0.2), "the bus answers")
+    accepted = 0
+
+    def is_full() -> bool:
+        nonlocal accepted
+        assert bus.poll() is None
+        try:
+            accepted += client.publish(line(f"id-{accepted}", action="x" * 20_000))["accepted"]
+        except BusRefused as e:
+            assert (e.code, "ulimit -f" in str(e)) == ("storage_full", True)
+            return system.settings.journal.stat().st_size > 900_000
+        return False
+
+    with contextlib.closing(Client(system.settings)) as client:
+        wait_until(is_full, "neither journal nor log may grow")
+        status = client.status()
+        assert status["state"] == "storage_full"
+        assert "limit of file sizes" in status["problems"][0]["message"]
+        assert status["last_seq"] >= accepted
+        resource.prlimit(bus.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        wait_until(lambda: client.status()["state"] != "storage_full", "it goes on by itself")
+        assert not is_full()
