@@ -27,6 +27,7 @@ from event_bus import protocol
 from event_bus.errors import BusUnavailable, DatabaseError
 from event_bus.protocol import Client
 from event_bus.settings import Settings
+from event_bus.traces import last_known
 
 BUS_PATIENCE_S = 1.0
 CLOCK_SLACK_S = 1.0
@@ -81,6 +82,13 @@ def audit(settings: Settings, *, full: bool = False, accept: bool = False) -> Le
     compared, JournalError if the journal cannot be read.
     """
     if not settings.journal.exists():
+        known, file = last_known(settings.home, settings.backup_dir)
+        if known and not settings.db.exists():
+            raise DatabaseError(
+                f"neither journal nor database is in {settings.home}, and {file} tells of events"
+                f" up to {known}",
+                hint="bring back a backup: `bitten restore`",
+            )
         raise DatabaseError(
             f"there is no journal at {settings.journal} yet", hint="start the bus: `bitten up`"
         )

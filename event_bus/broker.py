@@ -84,7 +84,9 @@ class Broker:
         self.registry.verify()
         for problem in self.registry.problems:
             log.error("left out: %s", problem)
-        self.journal = open_journal(settings.journal, settings.db, clock)
+        self.journal = open_journal(
+            settings.journal, settings.db, clock, backup_dir=settings.backup_dir
+        )
         self.intake = Intake(self.journal, self.registry, clock)
         self._adopter = SpoolAdopter(settings.spool)
         self._consumers = Consumers(self.journal)

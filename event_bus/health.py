@@ -106,10 +106,11 @@ def find_problems(facts: Facts) -> list[Problem]:
     for loss in facts.losses:
         if facts.now - loss.found_at < LOSS_SHOWN_S:
             add(
-                "journal_damaged",
+                "journal_damaged" if loss.file else "journal_gone",
                 f"lost to the journal, {loss.what}: {loss.reason}",
-                f"see whether the database has them (`bitten audit`); {loss.file or 'nothing'} is"
-                " what is left",
+                f"see whether the database has them (`bitten audit`); {loss.file} is what is left"
+                if loss.file
+                else "stop bus and collector, and bring back a backup with `bitten restore`",
                 loss.found_at,
             )
     if facts.recovered:

@@ -23,6 +23,7 @@ EVERYTHING = Facts(
     storage="/home/journal.db",
     losses=[
         LossFacts("events 3 to 4", 50.0, "CRC-32 is wrong", "journal.db"),
+        LossFacts("events 1 to 8", 50.0, "neither is there", ""),
         LossFacts("event 9", 100.0 - 86_400, "as old as a day", ""),
     ],
     recovered="it is empty; what it was is journal.db.corrupt-1",
@@ -50,6 +51,7 @@ def test_each_problem_is_named_with_a_remedy_and_the_gravest_comes_first() -> No
     assert list(found) == [
         "storage_full",
         "journal_damaged",
+        "journal_gone",
         "journal_recovered",
         "journal_put_back",
         "consumer_problem",

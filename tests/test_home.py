@@ -106,6 +106,32 @@ def test_collector_that_cannot_start_does_not_stop_the_bus(system: System) -> No
     system.wait_stored()
 
 
+def test_start_without_journal_and_database_goes_on_after_what_the_audit_tells_of(
+    running: System,
+) -> None:
+    publish(running, 50)
+    last = running.wait_stored()
+    assert audit(running)["lost"] == 0
+    for process in running.processes:
+        end(process)
+    for file in [*running.home.glob("journal.db*"), *running.home.glob("bitten_events.db*")]:
+        file.unlink()
+    done = running.bitten("audit")
+    assert "audit.json tells of events up to" in done.stdout + done.stderr
+    running.start_bus()
+    running.start_collector()
+    status = running.status() or {}
+    assert status["state"] == "journal_gone"
+    assert "bitten restore" in status["problems"][0]["remedy"]
+    known = status["origin_seq"] - 1
+    assert 50 < known <= last
+    publish(running, 5)
+    running.wait_stored()
+    ledger = audit(running)
+    assert (ledger["lost"], ledger["at_least"]) == (known, True)
+    assert running.sql("SELECT min(seq) FROM events") == [(known + 1,)]
+
+
 def test_file_size_limit_is_told_and_lived_with_like_a_full_disk(system: System) -> None:
     bus = system.popen(
         *("-m", "event_bus", "bus"),
