@@ -82,11 +82,11 @@ def audit(settings: Settings, *, full: bool = False, accept: bool = False) -> Le
     compared, JournalError if the journal cannot be read.
     """
     if not settings.journal.exists():
-        known, file = last_known(settings.home, settings.backup_dir)
-        if known and not settings.db.exists():
+        past_seq, file = last_known(settings.home, settings.backup_dir)
+        if past_seq and not settings.db.exists():
             raise DatabaseError(
                 f"neither journal nor database is in {settings.home}, and {file} tells of events"
-                f" up to {known}",
+                f" up to {past_seq}",
                 hint="bring back a backup: `bitten restore`",
             )
         raise DatabaseError(
