@@ -27,6 +27,7 @@ from event_bus import database, protocol
 from event_bus.errors import BusUnavailable, DatabaseError
 from event_bus.protocol import Client
 from event_bus.settings import Settings
+from event_bus.traces import last_known
 
 BUS_PATIENCE_S = 1.0
 CLOCK_SLACK_S = 1.0
@@ -86,6 +87,13 @@ def audit(settings: Settings, *, full: bool = False, accept: bool = False) -> Le
             hint="do not stop the bus: it puts the file back by itself; ask again in some seconds",
         )
     if not settings.journal.exists():
+        past_seq, file = last_known(settings.home, settings.backup_dir)
+        if past_seq and not settings.db.exists():
+            raise DatabaseError(
+                f"neither journal nor database is in {settings.home}, and {file} tells of events"
+                f" up to {past_seq}",
+                hint="bring back a backup: `bitten restore`",
+            )
         raise DatabaseError(
             f"there is no journal at {settings.journal} yet", hint="start the bus: `bitten up`"
         )
@@ -115,6 +123,8 @@ def audit(settings: Settings, *, full: bool = False, accept: bool = False) -> Le
             ) from e
         unstored = journal.unstored(stored_seq + 1)
     status = _answer(client, request) if client else None
+    if status and status["journal_id"] != journal.journal_id:
+        status = None  # another home's
     vouched.save(settings.home, opening, journal.journal_id, tally)
     ranges += _not_to_come(journal, stored_seq, told)
     ranges.sort(key=lambda r: r.first_seq)
@@ -269,6 +279,8 @@ def _bus_may_run(settings: Settings) -> bool:
     """False if the process that its lock names is gone: then there is no answer to wait for."""
     try:
         return psutil.pid_exists(int((settings.home / "bus.lock").read_text()))
+    except FileNotFoundError:
+        return True  # a running bus makes it again
     except (OSError, ValueError):
         return False
 

@@ -119,6 +119,7 @@ class DataCollector:
             keeper = Keeper(
                 settings.db,
                 registry,
+                lock,
                 stop=self._stop,
                 watchdog=closing.enter_context(Watchdog("the collector")),
                 reports=reports,

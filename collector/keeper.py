@@ -22,6 +22,7 @@ from event_bus.errors import (
     DatabaseUnavailable,
 )
 from event_bus.event_schema import Registry
+from event_bus.lock import FileLock
 from event_bus.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class Keeper:
         self,
         path: Path,
         registry: Registry,
+        lock: FileLock,
         *,
         stop: threading.Event,
         watchdog: Watchdog,
@@ -63,6 +65,7 @@ class Keeper:
     ) -> None:
         self._path = path
         self._registry = registry
+        self._lock = lock
         self._stop = stop
         self._watchdog = watchdog
         self._reports = reports
@@ -116,6 +119,7 @@ class Keeper:
             return
         self._look_due = now + LOOK_S
         self.do(self._look_at_files)
+        self._lock.keep()
         if self._news and not lag and now >= self._news_until:
             log.info("the database is complete again")
             self._news = ""
@@ -236,7 +240,7 @@ class Keeper:
         else:
             log.error("%s; writing out what it held", error)
             try:
-                self._retry(lambda: store.copy_to(Path(f"{self._path}.part"), self.alive))
+                self._retry(self._copy)
             except DatabaseCorrupt as e:
                 log.error("%s: the journal gives what it still has", e)
                 spare = None
@@ -253,6 +257,14 @@ class Keeper:
             spare.replace(kept)
             self._tell(f"{error}; going on with what is there now, what it held is {kept}")
         self.open()
+
+    def _copy(self) -> None:
+        directory = self._path.parent
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # it went with the rest
+        except OSError as e:
+            raise DatabaseUnavailable(f"cannot create {directory}: {e.strerror}") from e
+        self.store.copy_to(Path(f"{self._path}.part"), self.alive)
 
     def _is_complete_without(self, store: Store) -> bool:
         """True if the file that is at the path now has all that the open one has.

@@ -185,7 +185,7 @@ def _held(settings: Settings, *, only_database: bool) -> Iterator[None]:
         lock = FileLock(Path(f"{settings.db}.lock"), "a collector")
         closing.callback(lock.close)
         if not only_database:
-            bus_lock = FileLock(settings.home / "bus.lock", "an event bus")
+            bus_lock = FileLock(settings.home / "bus.lock", "an event bus", and_directory=True)
             closing.callback(bus_lock.close)
         try:
             yield

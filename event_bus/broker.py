@@ -79,12 +79,14 @@ class Broker:
         self._clock = clock
         self._monotonic = monotonic
         settings.make_home()
-        self._lock = FileLock(settings.home / "bus.lock", "an event bus")
+        self._lock = FileLock(settings.home / "bus.lock", "an event bus", and_directory=True)
         self.registry = Registry(settings.schemas)
         self.registry.verify()
         for problem in self.registry.problems:
             log.error("left out: %s", problem)
-        self.journal = open_journal(settings.journal, settings.db, clock)
+        self.journal = open_journal(
+            settings.journal, settings.db, clock, backup_dir=settings.backup_dir
+        )
         self.intake = Intake(self.journal, self.registry, clock)
         self._adopter = SpoolAdopter(settings.spool)
         self._consumers = Consumers(self.journal)
@@ -124,6 +126,7 @@ class Broker:
             self._live,
             self._adopter,
             self._watchdog,
+            self._lock,
             clock=clock,
             monotonic=monotonic,
         )

@@ -10,6 +10,9 @@ STALLED_AFTER_S = 30.0
 LOSS_SHOWN_S = 86_400.0
 """How long a loss is a problem; it is in the database as a `journal_loss` event for ever."""
 
+PUT_BACK_SHOWN_S = 600.0
+"""How long it is a problem that the journal was removed, though it is there again."""
+
 CLOCK_BACK_S = 2.0
 """Smaller steps are what keeping a clock right looks like."""
 
@@ -47,9 +50,11 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     now: float
     latest: float
     storage_full_since: float | None = None
+    storage_full_reason: str = ""
     storage: str = ""
     losses: list[LossFacts] = []
     recovered: str = ""
+    put_back_at: float | None = None
     journal_held_by: str | None = None
     consumers: dict[str, ConsumerFacts] = {}
     schema_problems: list[str] = []
@@ -93,17 +98,19 @@ def find_problems(facts: Facts) -> list[Problem]:
     if facts.storage_full_since is not None:
         add(
             "storage_full",
-            f"no space left for {facts.storage}: events are refused and wait with their senders",
-            "free some space; it goes on by itself",
+            f"{facts.storage_full_reason}: events are refused, and wait with their senders while"
+            " those live, then in spools as far as there is space",
+            "free some space, it goes on by itself; a limit of file sizes takes a restart",
             facts.storage_full_since,
         )
     for loss in facts.losses:
         if facts.now - loss.found_at < LOSS_SHOWN_S:
             add(
-                "journal_damaged",
+                "journal_damaged" if loss.file else "journal_gone",
                 f"lost to the journal, {loss.what}: {loss.reason}",
-                f"see whether the database has them (`bitten audit`); {loss.file or 'nothing'} is"
-                " what is left",
+                f"see whether the database has them (`bitten audit`); {loss.file} is what is left"
+                if loss.file
+                else "stop bus and collector, and bring back a backup with `bitten restore`",
                 loss.found_at,
             )
     if facts.recovered:
@@ -112,12 +119,20 @@ def find_problems(facts: Facts) -> list[Problem]:
             f"this start recovered the journal: {facts.recovered}",
             "check the disk; what was lost, if anything, has lines of its own",
         )
+    if facts.put_back_at is not None and facts.now - facts.put_back_at < PUT_BACK_SHOWN_S:
+        add(
+            "journal_put_back",
+            f"{facts.storage} was removed or replaced while the bus had it open: all that it held"
+            " is there again",
+            "find out what did it; nothing is lost, and this line goes by itself",
+            facts.put_back_at,
+        )
     for name, consumer in facts.consumers.items():
         if consumer.problem:
             add(
                 "consumer_problem",
-                f"consumer {name} cannot store: {consumer.problem}",
-                "see its log; the journal keeps its events meanwhile",
+                f"consumer {name}: {consumer.problem}",
+                "see its log; what it has not stored is kept in the journal",
             )
     for name, consumer in facts.consumers.items():
         if consumer.lag and consumer.silent_s >= STALLED_AFTER_S:

@@ -9,11 +9,12 @@ import msgspec
 
 from event_bus.adopt import SpoolAdopter
 from event_bus.consumers import Consumers
-from event_bus.errors import JournalFull
+from event_bus.errors import JournalError, JournalFull, SettingsError, StartError
 from event_bus.intake import Intake
 from event_bus.journal import DamagedBatch
 from event_bus.journal_format import LostRange
 from event_bus.live import LiveEvents
+from event_bus.lock import FileLock
 from event_bus.recovery import put_back
 from event_bus.settings import Settings
 from event_bus.status import BrokerStatus
@@ -39,6 +40,7 @@ class Housekeeping:
         live: LiveEvents,
         adopter: SpoolAdopter,
         watchdog: Watchdog,
+        lock: FileLock,
         *,
         clock: Callable[[], float],
         monotonic: Callable[[], float],
@@ -51,6 +53,7 @@ class Housekeeping:
         self._live = live
         self._adopter = adopter
         self._watchdog = watchdog
+        self._lock = lock
         self._clock = clock
         self._monotonic = monotonic
         self._clock_ahead_s = clock() - monotonic()
@@ -76,12 +79,13 @@ class Housekeeping:
             self._emit_health()
         if now >= self._housekeeping_due:
             self._housekeeping_due = now + HOUSEKEEPING_S
-            self._keep_file()
+            self._keep_files()
             self._trim()
 
     def storage_is_full(self, reason: str) -> None:
         if self._status.storage_full_since is None:
             self._status.storage_full_since = self._clock()
+            self._status.storage_full_reason = reason.partition("; ")[0]
             log.error("refusing events: %s", reason)
             self._look()
 
@@ -129,13 +133,24 @@ class Housekeeping:
         self._intake.commit()
         self._journal.losses_are_told()
 
-    def _keep_file(self) -> None:
-        """Somebody removed or replaced the journal: what is open still holds everything."""
+    def _keep_files(self) -> None:
+        """Somebody removed or replaced the journal, the lock or the home with all that is in it:
+        what is open still holds everything."""
+        try:
+            self._settings.make_home()
+            self._lock.keep()
+        except (SettingsError, StartError) as e:
+            if self._journal.is_in_place():
+                log.error("%s", e)
+                return
+            raise JournalError(f"{self._journal.path} is gone: {e}") from e
         if not self._journal.is_in_place():
             log.error("%s was removed or replaced: putting it back", self._journal.path)
             self._intake.commit()
             with self._watchdog.paused():  # ended now, the process would take all of it along
                 put_back(self._journal, self._clock)
+            self._status.put_back_at = self._clock()
+            self._look()
 
     def _trim(self) -> None:
         """Save cursors, and trim the journal by age and size but not past a durable consumer."""

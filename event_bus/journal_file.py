@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -175,7 +176,10 @@ class JournalFile:
         return int(pages * self._row("PRAGMA page_size")[0])
 
     def has_room(self, size_bytes: int) -> bool:
-        """Whether the journal's disk has that much space now."""
+        """Whether the journal's disk has that much space now, and its files may grow so much."""
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        if limit != resource.RLIM_INFINITY and not self._fits(limit - size_bytes):
+            return False
         return self._probe(size_bytes) == 0
 
     def _probe(self, size_bytes: int) -> int:
@@ -191,6 +195,13 @@ class JournalFile:
         except OSError as e:
             return e.errno or errno.EIO
         return 0
+
+    def _fits(self, size_bytes: int) -> bool:
+        try:
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            return all(Path(f"{self.path}{s}").stat().st_size <= size_bytes for s in ("", "-wal"))
+        except (apsw.Error, OSError):
+            return False
 
     def close(self) -> None:
         self._db.close()
@@ -210,6 +221,11 @@ class JournalFile:
         return kind(f"cannot read {self.path}: {error}", hint=DAMAGE_HINT)
 
     def _write_error(self, error: apsw.Error) -> JournalError:
+        if isinstance(error, apsw.IOError) and self._db.system_errno == errno.EFBIG:
+            return JournalFull(
+                f"{self.path} has reached the limit of file sizes (ulimit -f)",
+                hint="raise it and restart the bus; events wait meanwhile",
+            )
         if isinstance(error, apsw.FullError):
             return JournalFull(
                 f"no space left for {self.path}", hint="free some; events wait meanwhile"

@@ -25,6 +25,7 @@ from event_bus.errors import JournalDamaged, JournalError, JournalFailed
 from event_bus.journal import Journal
 from event_bus.journal_file import SUFFIXES
 from event_bus.journal_format import LostRange, Run
+from event_bus.traces import last_known
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +38,17 @@ _NATIVE_ID = re.compile(r"([0-9a-f]{20})-([1-9][0-9]{0,17})")
 _JOURNAL_ID = re.compile(r"[0-9a-f]{16}")
 
 
-def open_journal(path: Path, db: Path, clock: Callable[[], float] = time.time) -> Journal:
+def open_journal(
+    path: Path,
+    db: Path,
+    clock: Callable[[], float] = time.time,
+    *,
+    backup_dir: Path | None = None,
+) -> Journal:
     """The journal at `path`, recovered if it is damaged, empty or gone.
 
     `db` is the events database: what it holds was in the journal once, so seqs go on after that.
+    Where both are gone they go on after what the last audit or a backup in `backup_dir` tells of.
     Raises JournalError.
     """
     try:
@@ -49,6 +57,11 @@ def open_journal(path: Path, db: Path, clock: Callable[[], float] = time.time) -
         if reason is None:
             fresh = not path.exists() or path.stat().st_size == 0
             try:
+                known, file = (0, "")
+                if fresh and backup_dir:
+                    known, file = last_known(path.parent, backup_dir)
+                if known:
+                    return _begin_after(path, known, file, clock)
                 journal = Journal(path, create=fresh or _last_stored(db)[0] == 0)
                 _go_on_after_what_was_read(journal, db, clock)
                 return journal
@@ -67,6 +80,16 @@ def open_journal(path: Path, db: Path, clock: Callable[[], float] = time.time) -
         raise JournalError(
             f"cannot open {e.filename or path}: {e.strerror}", hint="check the disk and its rights"
         ) from e
+
+
+def _begin_after(path: Path, known: int, file: str, clock: Callable[[], float]) -> Journal:
+    """A journal that goes on after the events that `file` tells of, and counts them as lost."""
+    reason = f"neither journal nor database is there, and {file} tells of events up to {known}"
+    log.error("%s: `bitten restore` brings back a backup", reason)
+    journal = Journal(path, origin_seq=known + 1)
+    journal.record_loss(LostRange(1, known, clock(), reason, ""))
+    journal.record_loss(LostRange(known + 1, None, clock(), reason, ""))
+    return journal
 
 
 def mark_damaged(path: Path, reason: str) -> None:

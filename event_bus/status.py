@@ -37,8 +37,10 @@ class BrokerStatus:
     ) -> None:
         self.health = Health()
         self.storage_full_since: float | None = None
+        self.storage_full_reason = ""
         self.journal_held_by: str | None = None
         self.keys_problem = ""
+        self.put_back_at: float | None = None
         self._intake = intake
         self._journal = intake.journal
         self._consumers = consumers
@@ -60,8 +62,10 @@ class BrokerStatus:
                 now=now,
                 latest=self._latest,
                 storage_full_since=self.storage_full_since,
+                storage_full_reason=self.storage_full_reason,
                 storage=str(self._journal.path),
                 recovered=self._journal.recovered,
+                put_back_at=self.put_back_at,
                 losses=[_loss_facts(loss) for loss in self._journal.losses],
                 journal_held_by=self.journal_held_by,
                 consumers={

@@ -30,8 +30,9 @@ _PR_SET_PDEATHSIG = 1
 class Supervisor:
     """Runs `bitten bus` and `bitten collect` with the given settings and restarts them.
 
-    Restarts wait 0.1 s, then twice as long each time up to 15 s. A child that cannot start at all
-    ends everything: `run` then raises StartError, the reason being on the child's own line.
+    Restarts wait 0.1 s, then twice as long each time up to 15 s. A bus that cannot start at all
+    ends everything: `run` then raises StartError, the reason being on its own line. Without the
+    collector the bus keeps everything in its journal, so that one is tried for ever.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -76,7 +77,7 @@ class Supervisor:
                 return
             if loop.time() - started >= STEADY_S:
                 delay_s = FIRST_DELAY_S
-            elif first and code in _HOPELESS:
+            elif first and name == "bus" and code in _HOPELESS:
                 self._stopping.set()
                 raise StartError(f"`bitten {name}` cannot start (exit code {code}, reason above)")
             first = False

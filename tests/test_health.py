@@ -22,12 +22,15 @@ EVERYTHING = Facts(
     now=100.0,
     latest=3_700.0,
     storage_full_since=90.0,
+    storage_full_reason="no space left for /home/journal.db",
     storage="/home/journal.db",
     losses=[
         LossFacts("events 3 to 4", 50.0, "CRC-32 is wrong", "journal.db"),
+        LossFacts("events 1 to 8", 50.0, "neither is there", ""),
         LossFacts("event 9", 100.0 - 86_400, "as old as a day", ""),
     ],
     recovered="it is empty; what it was is journal.db.corrupt-1",
+    put_back_at=60.0,
     journal_held_by="slow",
     consumers={
         "well": WELL,
@@ -51,7 +54,9 @@ def test_each_problem_is_named_with_a_remedy_and_the_gravest_comes_first() -> No
     assert list(found) == [
         "storage_full",
         "journal_damaged",
+        "journal_gone",
         "journal_recovered",
+        "journal_put_back",
         "consumer_problem",
         "consumer_stalled",
         "journal_held",
@@ -62,7 +67,9 @@ def test_each_problem_is_named_with_a_remedy_and_the_gravest_comes_first() -> No
     assert "/home/journal.db" in found["storage_full"].message
     assert found["storage_full"].since == 90.0
     assert "events 3 to 4: CRC-32 is wrong" in found["journal_damaged"].message
-    assert "sick cannot store: database is locked" in found["consumer_problem"].message
+    assert found["journal_put_back"].since == 60.0
+    assert find_problems(Facts(now=700.0, latest=700.0, put_back_at=60.0)) == []
+    assert "sick: database is locked" in found["consumer_problem"].message
     assert "slow has stopped asking: 7 events" in found["consumer_stalled"].message
     assert found["consumer_stalled"].since == 70.0
     assert "3600 s ahead" in found["clock_back"].message
@@ -123,7 +130,7 @@ def test_consumers_own_words_reach_status_and_its_exit_code(bus: System) -> None
     shown = bus.bitten("status")
     assert shown.returncode == 1
     assert "consumer_problem" in shown.stdout
-    assert "consumer c cannot store: database is locked\\x1b[2J; see its log" in shown.stdout
+    assert "consumer c: database is locked\\x1b[2J; see its log" in shown.stdout
     as_json = bus.bitten("status", "--json")
     assert as_json.returncode == 1
     assert json.loads(as_json.stdout)["problems"][0]["code"] == "consumer_problem"

@@ -47,6 +47,7 @@ from collector.reports import Reports
 from event_bus import database
 from event_bus.event_schema import Registry
 from event_bus.settings import Settings
+from event_bus.lock import FileLock
 from event_bus.watchdog import Watchdog
 logging.basicConfig()
 settings, connect = Settings.load(), database.connect
@@ -80,8 +81,8 @@ def slow_connect(path, *args, **options):
 database.connect = slow_connect
 with Watchdog("the collector", tick_s=0.05) as dog:
     keeper = Keeper(
-        settings.db, registry, stop=threading.Event(), watchdog=dog,
-        reports=Reports(settings, "test"),
+        settings.db, registry, FileLock(settings.home / "test.lock", "a test"),
+        stop=threading.Event(), watchdog=dog, reports=Reports(settings, "test"),
     )
     keeper.open()
     print("opened", flush=True)

@@ -1,0 +1,40 @@
+"""What else in a home knows how far its journal went, once journal and database are gone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+AUDIT = "audit.json"
+
+
+class _Part(msgspec.Struct, frozen=True):
+    seq: int = 0
+    last_seq: int = 0
+
+
+class _Trace(msgspec.Struct, frozen=True):
+    """What audit.json and the manifest of a backup have of it."""
+
+    home: str | None = None
+    tally: _Part | None = None
+    database: _Part | None = None
+    journal: _Part | None = None
+
+
+def last_known(home: Path, backup_dir: Path) -> tuple[int, str]:
+    """The highest seq that an audit or a backup tells of, and the file; (0, "") if none does."""
+    files = [home / AUDIT, *backup_dir.glob("*Z/manifest.json")]
+    return max(((seq, str(f)) for f in files if (seq := _last_seq(f, home))), default=(0, ""))
+
+
+def _last_seq(file: Path, home: Path) -> int:
+    try:
+        trace = msgspec.json.decode(file.read_bytes(), type=_Trace)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return 0
+    if trace.home not in (None, str(home)):  # backups of several homes may lie together
+        return 0
+    parts = [part for part in (trace.tally, trace.database, trace.journal) if part]
+    return max((max(part.seq, part.last_seq) for part in parts), default=0)
