@@ -81,23 +81,36 @@ def audit(settings: Settings, *, full: bool = False, accept: bool = False) -> Le
     found are no news from now on. Raises DatabaseError if there is no database or it cannot be
     compared, JournalError if the journal cannot be read.
     """
-    if not settings.journal.exists() and _bus_may_run(settings):
+    _check_journal(settings)
+    client = Client(settings) if _bus_may_run(settings) else None
+    try:
+        return _compare(settings, client, full=full, accept=accept)
+    finally:
+        if client is not None:
+            client.close()
+
+
+def _check_journal(settings: Settings) -> None:
+    if settings.journal.exists():
+        return
+    if (settings.home / "bus.lock").exists() and _bus_may_run(settings):
         raise DatabaseError(
             f"{settings.journal} was removed under the bus",
             hint="do not stop the bus: it puts the file back by itself; ask again in some seconds",
         )
-    if not settings.journal.exists():
-        past_seq, file = last_known(settings.home, settings.backup_dir)
-        if past_seq and not settings.db.exists():
-            raise DatabaseError(
-                f"neither journal nor database is in {settings.home}, and {file} tells of events"
-                f" up to {past_seq}",
-                hint="bring back a backup: `bitten restore`",
-            )
+    past_seq, file = last_known(settings.home, settings.backup_dir)
+    if past_seq and not settings.db.exists():
         raise DatabaseError(
-            f"there is no journal at {settings.journal} yet", hint="start the bus: `bitten up`"
+            f"neither journal nor database is in {settings.home}, and {file} tells of events"
+            f" up to {past_seq}",
+            hint="bring back a backup: `bitten restore`",
         )
-    client = Client(settings) if _bus_may_run(settings) else None
+    raise DatabaseError(
+        f"there is no journal at {settings.journal} yet", hint="start the bus: `bitten up`"
+    )
+
+
+def _compare(settings: Settings, client: Client | None, *, full: bool, accept: bool) -> Ledger:
     request = client.send(protocol.STATUS) if client else b""  # answered while we read
     with JournalView(settings.journal) as journal:
         dead = {p.token for p in journal.producers() if not _is_alive(p)}
@@ -292,8 +305,6 @@ def _answer(client: Client, request: bytes) -> dict[str, Any] | None:
         return status
     except BusUnavailable:
         return None
-    finally:
-        client.close()
 
 
 def _is_alive(producer: ProducerRow) -> bool:

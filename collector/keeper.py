@@ -137,6 +137,9 @@ class Keeper:
         return self._watchdog.paused()
 
     def close(self) -> None:
+        if self._inspection is not None:  # the last connection to close removes the log
+            self._inspection.close()
+            self._inspection = None
         # A long log would take longer to copy than a stop may; the next start goes on with it.
         if self._store is not None and wal.wal_bytes(self._path) <= wal.MAX_WAL_BYTES:
             with self.paused():
