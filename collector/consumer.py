@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from collector import aside
+from collector import aside, layout
 from collector.backup_schedule import BackupSchedule
 from collector.keeper import ALARM_S, RETRY_S, Keeper, Renewed, Stopped
 from collector.store import Store
@@ -112,6 +112,7 @@ class Consumer:
         """
         keeper = self._keeper
         last_seq = keeper.do(lambda store: store.last_seq)
+        self._check_continues(last_seq)
         cursor = Cursor(next_seq=last_seq + 1, consumer=CONSUMER, wait_ms=POLL_MS)
         request = self._ask(cursor)
         while not self._stop.is_set():
@@ -126,6 +127,36 @@ class Consumer:
                     keeper.do(lambda store: store.learn(self._registry))
                 self._on_stored(keeper.do(partial(_write, batches, cursor.journal_id)))
                 last_seq = batches[-1].first_seq + len(batches[-1].events) - 1
+
+    def _check_continues(self, last_seq: int) -> None:
+        """Raise DatabaseError unless the journal has the last stored event under the same seq.
+
+        An older copy of the journal that was put back has the same identity, and after some time
+        it is as long again, with other events.
+        """
+        stored_id = self._keeper.do(lambda store: store.event_id(last_seq))
+        if stored_id is None:  # nothing is stored, or it ends with a gap
+            return
+        cursor = Cursor(next_seq=last_seq, wait_ms=0)
+        try:
+            batches = cursor.take(
+                self._client.receive(
+                    self._client.send(protocol.FETCH, cursor.request()), PATIENCE_S
+                )
+            )
+        except TrimmedRange:
+            return
+        is_own = cursor.journal_id == self._keeper.do(lambda store: store.journal_id)
+        if not (is_own and batches):
+            return
+        found_id = batches[0].events[0].event_id
+        if found_id != stored_id:
+            raise DatabaseError(
+                f"{self._keeper.store.path} has event {stored_id} at seq {last_seq}, and the"
+                f" journal {found_id}: an older copy of the journal was put back, and went on",
+                hint=f"restore the newer journal.db, or {layout.aside(self._settings.db)} to begin"
+                " a new database of what the journal has",
+            )
 
     def _ask(self, cursor: Cursor) -> bytes:
         cursor.problem = self._keeper.problem or self._backups.problem

@@ -270,6 +270,11 @@ class Store:
             (first_seq, last_seq, time.time(), reason),
         )
 
+    def event_id(self, seq: int) -> str | None:
+        """The id of the event stored under that seq; None if there is none."""
+        known: str | None = self._value("SELECT event_id FROM events WHERE seq = ?", seq)
+        return known
+
     @property
     def journal_id(self) -> str | None:
         """The journal that the events stored here came from; None before the first one."""

@@ -320,6 +320,30 @@ def test_journal_that_went_back_is_gone_on_with_behind_what_is_stored(bus: Syste
     assert bus.sql("SELECT count(*) > 0 FROM journal_loss") == [(1,)]
 
 
+def test_older_journal_that_has_grown_past_what_is_stored_is_refused(bus: System) -> None:
+    (process,) = bus.processes
+    publish(bus, 10)
+    stop(process)
+    backup = (bus.home / "journal.db").read_bytes()
+    process = bus.start_bus()
+    publish(bus, 10)
+    collector = bus.start_collector()
+    bus.wait_stored()
+    stop(collector)
+    stop(process)
+    before = bus.sql("SELECT * FROM events ORDER BY seq")
+    away = bus.db.rename(bus.home / "away.db")  # else the bus would see that it goes further
+    (bus.home / "journal.db").write_bytes(backup)
+    bus.start_bus()
+    publish(bus, 50)
+    away.rename(bus.db)
+    line = refused(bus)
+    assert f"at seq {before[-1][0]}" in line
+    assert "an older copy of the journal was put back" in line
+    assert "restore the newer journal.db, or move it aside (mv " in line
+    assert bus.sql("SELECT * FROM events ORDER BY seq") == before
+
+
 def test_events_trimmed_before_they_were_stored_are_a_recorded_gap(collected: System) -> None:
     (bus,) = [p for p in collected.processes if p.poll() is None]
     stored = collected.stored()
