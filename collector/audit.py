@@ -23,6 +23,7 @@ from collector.ledger import Account, Held, Known, Range
 from collector.reader import Reader
 from collector.spooled import Spooled, read_spools
 from collector.tally import Count, Tally, gaps, journal_losses
+from collector.wal import file_locks
 from event_bus import database, protocol
 from event_bus.errors import BusUnavailable, DatabaseError
 from event_bus.protocol import Client
@@ -293,7 +294,7 @@ def _bus_may_run(settings: Settings) -> bool:
     try:
         return psutil.pid_exists(int((settings.home / "bus.lock").read_text()))
     except FileNotFoundError:
-        return True  # a running bus makes it again
+        return bool(file_locks(settings.home))  # a running bus holds this too, and makes it again
     except (OSError, ValueError):
         return False
 

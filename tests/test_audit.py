@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -278,8 +279,8 @@ def test_a_client_cannot_hide_a_loss_by_accounts_in_the_name_of_the_bus(bus: Sys
 class Books:
     """Journal and database of a home, written without sockets by what daemons write them with."""
 
-    def __init__(self, home: Path) -> None:
-        self.settings = Settings.load(environ={"BITTEN_HOME": str(home)})
+    def __init__(self, home: Path, **environ: str) -> None:
+        self.settings = Settings.load(environ={"BITTEN_HOME": str(home), **environ})
         self.settings.make_home()
         self.registry = Registry()
         self.journal = Journal(self.settings.journal)
@@ -333,6 +334,20 @@ def books(tmp_path: Path) -> Iterator[Books]:
     made = Books(tmp_path / "home")
     yield made
     made.close()
+
+
+def test_no_bus_is_asked_where_nobody_holds_the_home(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        url = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+        books = Books(tmp_path / "home", BITTEN_INGRESS_URL=url)
+        try:
+            assert not (books.settings.home / "bus.lock").exists()
+            assert books.audit().bus == "away"
+            with pytest.raises(BlockingIOError):
+                listener.accept()
+        finally:
+            books.close()
 
 
 def shown(ledger: Ledger) -> list[tuple[str, str, int]]:
