@@ -147,16 +147,17 @@ def test_long_request_id_is_refused_and_nothing_of_it_is_kept(
     before = memory(bus)
     dealer = opens(zmq.DEALER)
     dealer.connect(bus.settings.ingress_url)
-    for n in range(10):
+    for n in range(30):
         request_id = b"%08d" % n + b"x" * (4 << 20)
         dealer.send_multipart([b"fetch", request_id, b'{"wait_ms":30000}'])
-    for n in range(10):
+    for n in range(30):
         assert dealer.poll(20_000)
         verb, answered_id, body = dealer.recv_multipart()
         assert (verb, answered_id) == (b"error", b"%08d" % n + b"x" * 56)
         assert json.loads(body)["code"] == "bad_request"
     assert publish(old_client)
-    assert memory(bus) - before < 3 * GROWTH_BYTES
+    # Of 120 MB that were sent; the allocator keeps some of what was freed.
+    assert memory(bus) - before < 8 * GROWTH_BYTES
     dealer.send_multipart([b"status", b"y" * 64])
     assert dealer.poll(20_000)
     assert dealer.recv_multipart()[:2] == [b"status", b"y" * 64]
