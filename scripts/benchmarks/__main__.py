@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import against
 import mix
 import psutil
 
@@ -198,7 +199,13 @@ def main() -> None:
     parser.add_argument("--events", type=int, help="events a round end to end")
     parser.add_argument("--rounds", type=int, help="rounds; medians are shown")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
+    parser.add_argument("--against", metavar="REV", help="compare with that revision, in turn")
     options = parser.parse_args()
+    if options.against:
+        size = ["--short"] if options.short else []
+        size += ["--events", str(options.events)] if options.events else []
+        against.compare(options.against, options.rounds or (1 if options.short else 5), size)
+        return
     count = options.events or (50_000 if options.short else 1_000_000)
     rounds = options.rounds or (1 if options.short else 3)
     calls = 5_000 if options.short else 50_000
