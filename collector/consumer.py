@@ -30,6 +30,8 @@ from event_bus.subscriber import PATIENCE_S, POLL_MS, Batch, Cursor
 log = logging.getLogger(__name__)
 
 CONSUMER = "data_collector"
+SYNC_S = 0.25
+"""The bus cuts its journal behind what is synced, and counts it as stored."""
 
 
 class Consumer:
@@ -115,11 +117,16 @@ class Consumer:
         self._check_continues(last_seq)
         cursor = Cursor(next_seq=last_seq + 1, consumer=CONSUMER, wait_ms=POLL_MS)
         request = self._ask(cursor)
+        sync_due = 0.0
         while not self._stop.is_set():
             self._backups.turn(time.monotonic())
             keeper.look(max(0, cursor.last_seq - last_seq))
             batches = self._receive(request, cursor)
+            if not batches or time.monotonic() >= sync_due:
+                keeper.do(Store.sync)
+                sync_due = time.monotonic() + SYNC_S
             # Asked for before this batch is stored: the broker reads while we write.
+            cursor.wait_ms = int(SYNC_S * 1000) if batches else POLL_MS
             request = self._ask(cursor)
             if batches:
                 if self._registry.refresh():
@@ -159,6 +166,7 @@ class Consumer:
             )
 
     def _ask(self, cursor: Cursor) -> bytes:
+        cursor.stored_seq = self._keeper.stored_seq
         cursor.problem = self._keeper.problem or self._backups.problem
         return self._client.send(protocol.FETCH, cursor.request())
 

@@ -83,6 +83,11 @@ class Keeper:
         return self._store
 
     @property
+    def stored_seq(self) -> int | None:
+        """Everything before is stored for good; None while no database is open."""
+        return None if self._store is None else self._store.synced_seq + 1
+
+    @property
     def problem(self) -> str:
         return self._waits_for or self._news or self._wal_problem
 
@@ -130,7 +135,7 @@ class Keeper:
     def alive(self) -> None:
         """Say that the collector is at work, though nothing may come of it."""
         self._watchdog.alive()
-        self._reports.send(self._next_seq(), self.problem)
+        self._reports.send(self.stored_seq, self.problem)
 
     def paused(self) -> contextlib.AbstractContextManager[None]:
         """For reading a database that is not the store's; not around calls of this object."""
@@ -146,12 +151,6 @@ class Keeper:
                 self._store.close()
             self._store = None
         self._let_go()
-
-    def _next_seq(self) -> int | None:
-        try:
-            return None if self._store is None else self._store.last_seq + 1
-        except DatabaseError:
-            return None
 
     def _open(self) -> None:
         self._store = Store(self._path, self._registry)
@@ -206,7 +205,9 @@ class Keeper:
 
     def _look_at_wal(self) -> None:
         size = wal.wal_bytes(self._path)
-        if size <= wal.MAX_WAL_BYTES or self.do(lambda store: store.shrink_wal()):
+        # The first commit after the query may have cut the file itself, but only to the limit.
+        is_small = size <= wal.MAX_WAL_BYTES and not self._wal_problem
+        if is_small or self.do(Store.shrink_wal):
             if self._wal_problem:
                 log.info("the -wal file is small again")
             self._wal_problem = ""

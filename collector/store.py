@@ -103,8 +103,7 @@ class Store:
             layout.check_version(self._db, self.path)
             layout.check_tables(self._db, self.path)
         self._db.execute("PRAGMA journal_mode=WAL")
-        # The journal may be cut as soon as this is stored: a power loss must not undo it then.
-        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.execute("PRAGMA synchronous=FULL")  # whatever was here before is on disk then
         self._db.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
         self._db.execute("PRAGMA wal_autocheckpoint=4000")  # 16 MB: a twentieth faster than 4 MB
         self._db.execute("PRAGMA journal_size_limit=67108864")
@@ -113,6 +112,9 @@ class Store:
                 layout.make_tables(self._db)
             layout.bring_up_to_date(self._db)
             layout.note_opening(self._db)
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        self.synced_seq = self.last_seq
+        """What is stored up to here survives a power loss."""
 
     @property
     def last_seq(self) -> int:
@@ -256,6 +258,23 @@ class Store:
             return [producers[h] for h in heads], ns  # type: ignore[return-value]
         split = [_split_id(i) for i in ids]
         return [self._names[token] for token, _ in split], [n for _, n in split]
+
+    def sync(self) -> None:
+        """Have on disk what is stored. Between two syncs a commit does not wait for the disk, and a
+        power loss may undo it: the journal must not be cut behind it yet."""
+        last_seq = self.last_seq
+        if last_seq == self.synced_seq:
+            return
+        with self._errors("write"):
+            self._db.execute("PRAGMA synchronous=FULL")
+        try:
+            with self._transaction():  # one fsync of the log covers all commits before it
+                self._db.execute(
+                    "INSERT OR REPLACE INTO _meta VALUES ('synced_seq', ?)", (last_seq,)
+                )
+        finally:
+            self._db.execute("PRAGMA synchronous=NORMAL")
+        self.synced_seq = last_seq
 
     def record_gap(self, first_seq: int, last_seq: int, journal_id: str, reason: str) -> int:
         """Note that these events can no longer be stored, and why; returns how many they are."""

@@ -64,8 +64,9 @@ class Batch(msgspec.Struct, frozen=True):
 class Cursor:
     """What to ask the broker next, and what its answers mean. No sockets.
 
-    `next_seq` is None until the first answer when the start is a time or now. `problem` is what a
-    durable consumer says keeps it from storing more; empty if nothing does.
+    `next_seq` is None until the first answer when the start is a time or now. A durable `consumer`
+    has everything before `stored_seq` for good; `problem` is what it says keeps it from storing
+    more, empty if nothing does.
     """
 
     def __init__(
@@ -77,22 +78,22 @@ class Cursor:
         wait_ms: int = POLL_MS,
     ) -> None:
         self.next_seq = next_seq
-        self._stored_seq = next_seq
+        self.stored_seq = next_seq
+        self.wait_ms = wait_ms
         self.last_seq = 0
         self.journal_id = ""
         self.problem = ""
         self._from_time = from_time
         self._consumer = consumer
-        self._wait_ms = wait_ms
 
     def request(self) -> bytes:
         return msgspec.json.encode(
             FetchRequest(
                 from_seq=self.next_seq,
                 from_time=self._from_time if self.next_seq is None else None,
-                wait_ms=self._wait_ms if self.next_seq is not None else 0,
+                wait_ms=self.wait_ms if self.next_seq is not None else 0,
                 consumer=self._consumer,
-                stored_seq=self._stored_seq if self._consumer else None,
+                stored_seq=self.stored_seq if self._consumer else None,
                 problem=self.problem[: protocol.MAX_PROBLEM],
             )
         )
@@ -100,9 +101,7 @@ class Cursor:
     def take(self, frames: list[bytes]) -> list[Batch]:
         """The events of an answer that were not seen yet, and step past them.
 
-        They do not count as stored before the next answer: a consumer asks for that one before
-        it writes these. Raises BusRefused, and stays where it was, if the answer is not what was
-        asked for.
+        Raises BusRefused, and stays where it was, if the answer is not what was asked for.
         """
         try:
             reply = _decode_reply(frames[0])
@@ -113,7 +112,6 @@ class Cursor:
                 code="bad_answer",
                 hint="is it another program that listens there?",
             ) from e
-        self._stored_seq = self.next_seq
         self.journal_id = reply.journal_id
         self.last_seq = reply.last_seq
         self.next_seq = next_seq
