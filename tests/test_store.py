@@ -349,6 +349,25 @@ def test_failed_write_leaves_nothing_behind_and_succeeds_later(store: Store) -> 
     assert by_program(store.path, "SELECT source FROM events WHERE seq = 3") == ["new source"]
 
 
+def test_what_is_stored_counts_as_synced_only_after_a_sync_that_succeeded(store: Store) -> None:
+    write(store, tick(), tick())
+    assert (store.last_seq, store.synced_seq) == (2, 0)
+    lock = apsw.Connection(str(store.path))
+    lock.execute("BEGIN IMMEDIATE")
+    with pytest.raises(DatabaseUnavailable):
+        store.sync()
+    assert store.synced_seq == 0
+    lock.close()
+    store.sync()
+    assert store.synced_seq == 2
+    write(store, tick())
+    assert store.synced_seq == 2
+    store.close()
+    reopened = Store(store.path, REGISTRY)
+    assert reopened.synced_seq == reopened.last_seq == 3
+    reopened.close()
+
+
 def test_names_beyond_the_cache_are_still_right(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
