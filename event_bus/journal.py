@@ -29,6 +29,10 @@ from event_bus.journal_format import (
 START_BUSY_MS = 500
 MAX_REMEMBERED_LOSSES = 1_000
 
+MAX_TRIMMED_BATCHES = 200
+MAX_TRIMMED_BYTES = 32 << 20
+"""At once: events that come meanwhile wait for it, some 8 ms (SQLite reads all that it frees)."""
+
 _LAST = "SELECT * FROM batch ORDER BY first_seq DESC LIMIT 1"
 _ADD_LOSS = "INSERT OR IGNORE INTO lost_range VALUES (?,?,?,?,?,?)"
 _FIRST = "SELECT * FROM batch ORDER BY first_seq LIMIT 1"
@@ -314,45 +318,58 @@ class Journal(JournalFile):
         self.losses = [msgspec.structs.replace(loss, told=True) for loss in self.losses]
 
     def seq_to_trim(self, *, older_than: float, max_bytes: int) -> int:
-        """The seq before which everything may go by age; by size, a tenth of the journal more."""
-        # From the old end on, and not by the index, which would be read to its young end.
+        """The seq before which everything may go by age, as far as one `trim` comes; by size, a
+        tenth of the journal more."""
+        # A journal that is held past its age is old up to its young end: never look that far.
         row = self._row(
-            "SELECT first_seq FROM batch NOT INDEXED WHERE received_at >= ? "
-            "ORDER BY first_seq LIMIT 1",
+            "SELECT first_seq FROM (SELECT first_seq, received_at FROM batch ORDER BY first_seq"
+            " LIMIT ?) WHERE received_at >= ? ORDER BY first_seq LIMIT 1",
+            MAX_TRIMMED_BATCHES,
             older_than,
+        ) or self._row(
+            "SELECT first_seq FROM batch ORDER BY first_seq LIMIT 1 OFFSET ?", MAX_TRIMMED_BATCHES
         )
         by_age = row[0] if row else self.last_seq + 1
         if self.size_bytes() <= max_bytes:
             return by_age
         return max(by_age, self.first_seq + (self.last_seq - self.first_seq) // 10 + 1)
 
-    def trim(self, before_seq: int, *, max_batches: int = 200) -> int:
-        """Remove up to `max_batches` whole batches that end before that seq; returns how many."""
+    def trim(self, before_seq: int, *, max_batches: int = MAX_TRIMMED_BATCHES) -> int:
+        """Remove up to `max_batches` whole batches that end before that seq, or as many as have
+        MAX_TRIMMED_BYTES; returns how many."""
+        cut = removed = size = 0
         try:
-            rows: list[Any] = self._db.execute(
-                "SELECT first_seq, count FROM batch WHERE first_seq + count <= ? "
-                "ORDER BY first_seq LIMIT ?",
+            for first_seq, count, body_bytes in self._db.execute(
+                "SELECT first_seq, count, length(body) FROM batch WHERE first_seq < ?1"
+                " AND first_seq + count <= ?1 ORDER BY first_seq LIMIT ?2",
                 (before_seq, max_batches),
-            ).fetchall()
-            if not rows:
+            ):
+                size += body_bytes
+                if removed and size > MAX_TRIMMED_BYTES:
+                    break
+                removed += 1
+                cut = first_seq + count
+            if not removed:
                 return 0
-            cut: int = rows[-1][0] + rows[-1][1]
             with database.transaction(self._db):
                 self._db.execute("DELETE FROM batch WHERE first_seq < ?", (cut,))
-                self._db.execute(
-                    "UPDATE producer SET forgotten_n = max(forgotten_n, (SELECT max(last_n)"
-                    " FROM run WHERE run.producer = producer.id AND first_seq < ?1))"
-                    " WHERE id IN (SELECT producer FROM run WHERE first_seq < ?1)",
+                # By that index, or all runs of each of these producers would be read.
+                forgotten: list[Any] = self._db.execute(
+                    "UPDATE producer SET forgotten_n = max(forgotten_n, gone.n) FROM"
+                    " (SELECT producer AS id, max(last_n) AS n FROM run INDEXED BY run_first_seq"
+                    "  WHERE first_seq < ? GROUP BY 1) AS gone"
+                    " WHERE producer.id = gone.id RETURNING token, forgotten_n",
                     (cut,),
-                )
+                ).fetchall()
                 self._db.execute("DELETE FROM run WHERE first_seq < ?", (cut,))
                 self._db.execute("DELETE FROM opaque_id WHERE seq < ?", (cut,))
                 self._db.execute("UPDATE meta SET value = ? WHERE key = 'trimmed_seq'", (cut - 1,))
         except apsw.Error as e:
             raise self._write_error(e) from e
         self.first_seq = cut
-        self.reload_producers()
-        return len(rows)
+        for token, n in forgotten:
+            self.producers[token].forgotten_n = n
+        return removed
 
     def reload_producers(self) -> None:
         """Know of producers what is on disk."""
