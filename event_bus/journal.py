@@ -214,13 +214,14 @@ class Journal(JournalFile):
         return row[0] if row[0] is not None else self.last_seq + 1
 
     def seq_of_native(self, producer: Producer, n: int) -> int | None:
+        # Runs do not overlap: if the last that begins by then is too short, no other has it.
         row = self._row(
-            "SELECT first_seq + ?2 - first_n FROM run WHERE producer = ?1 AND first_n <= ?2 "
-            "AND last_n >= ?2 ORDER BY first_n DESC LIMIT 1",
+            "SELECT first_seq + ?2 - first_n, last_n FROM run WHERE producer = ?1"
+            " AND first_n <= ?2 ORDER BY first_n DESC LIMIT 1",
             producer.id,
             n,
         )
-        return row[0] if row else None
+        return row[0] if row and row[1] >= n else None
 
     def seq_of_opaque(self, event_id: str) -> int | None:
         row = self._row("SELECT seq FROM opaque_id WHERE event_id = ?", event_id)

@@ -229,6 +229,14 @@ def test_trim_removes_no_more_than_some_bytes_at_once(
     assert [journal.trim(6) for _ in range(5)] == [2, 1, 1, 1, 0]
 
 
+def test_place_of_an_id_that_is_not_there_is_not_looked_for_in_all_runs(journal: Journal) -> None:
+    one_by_one(journal, 5_000)
+    producer = next(iter(journal.producers.values()))
+    few = steps(journal, lambda: journal.seq_of_native(producer, 1))
+    assert steps(journal, lambda: journal.seq_of_native(producer, 5_001)) <= few + 1
+    assert journal.seq_of_native(producer, 5_001) is None
+
+
 def test_seq_at_a_time_is_the_first_received_from_then_on(journal: Journal) -> None:
     for text, received_at in [("ab", 10.0), ("cd", 30.0), ("ef", 20.0)]:
         append(journal, text, received_at)
