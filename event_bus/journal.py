@@ -34,6 +34,7 @@ MAX_TRIMMED_BYTES = 32 << 20
 """At once: events that come meanwhile wait for it, some 8 ms (SQLite reads all that it frees)."""
 
 _LAST = "SELECT * FROM batch ORDER BY first_seq DESC LIMIT 1"
+_LOSSES = "SELECT * FROM lost_range ORDER BY told, first_seq DESC LIMIT ?"
 _ADD_LOSS = "INSERT OR IGNORE INTO lost_range VALUES (?,?,?,?,?,?)"
 _FIRST = "SELECT * FROM batch ORDER BY first_seq LIMIT 1"
 
@@ -71,12 +72,8 @@ class Journal(JournalFile):
         """The first seq that this journal ever had; above 1 if it follows a lost one."""
         self.recovered = ""
         """Why this start had to make a new file of a damaged one; empty if it had not."""
-        self.losses = [
-            LostRange(*row)
-            for row in self._db.execute(
-                "SELECT * FROM lost_range ORDER BY first_seq DESC LIMIT ?", (MAX_REMEMBERED_LOSSES,)
-            )
-        ]
+        self.losses = self._load_losses()
+        """The newest first; of very many those that are not told yet."""
         # Both ends decide which seq comes next and which is refused: they have to be right.
         for row in (self._row(_FIRST), self._row(_LAST)):
             if row and not is_intact(*row):
@@ -86,7 +83,7 @@ class Journal(JournalFile):
         self.last_seq: int = max(
             row[0] + row[1] - 1 if row else 0,
             self._meta("trimmed_seq"),
-            *(loss.last_seq or 0 for loss in self.losses),
+            self._row("SELECT coalesce(max(last_seq), 0) FROM lost_range")[0],
         )
         self.first_seq = self._first_seq()
         self.producers = self._load_producers()
@@ -237,7 +234,7 @@ class Journal(JournalFile):
 
     def consumers(self) -> dict[str, tuple[int, float]]:
         """Durable consumers: name to (next seq they will ask for, Unix seconds last seen)."""
-        return {name: (seq, seen) for name, seq, seen in self._db.execute("SELECT * FROM consumer")}
+        return {name: (seq, seen) for name, seq, seen in self._rows("SELECT * FROM consumer")}
 
     def save_consumers(self, consumers: dict[str, tuple[int, float]]) -> None:
         try:
@@ -266,7 +263,7 @@ class Journal(JournalFile):
         except apsw.Error as e:
             raise self._write_error(e) from e
         self.last_seq = trimmed_seq
-        self.losses = sorted(losses, key=lambda loss: -loss.first_seq)[:MAX_REMEMBERED_LOSSES]
+        self.losses = self._load_losses()
 
     def save_producers(self) -> None:
         """Write all that is known of producers. Raises JournalError."""
@@ -279,17 +276,20 @@ class Journal(JournalFile):
         except apsw.Error as e:
             raise self._write_error(e) from e
 
-    def record_loss(self, loss: LostRange) -> list[LostRange]:
-        """Keep account of what is not known to be lost yet of a range, and return that; a range at
-        the end moves the end. Raises JournalError."""
+    def record_loss(self, *losses: LostRange) -> list[LostRange]:
+        """Keep account of what is not known to be lost yet of these ranges, and return that; one
+        at the end moves the end. All of it or nothing. Raises JournalError."""
+        new: list[LostRange] = []
         try:
             with database.transaction(self._db):
-                new = self._unknown_part(loss)
-                self._db.executemany(_ADD_LOSS, map(msgspec.structs.astuple, new))
+                for loss in losses:
+                    parts = self._unknown_part(loss)
+                    self._db.executemany(_ADD_LOSS, map(msgspec.structs.astuple, parts))
+                    new += parts
         except apsw.Error as e:
             raise self._write_error(e) from e
         self.losses[:0] = reversed(new)
-        self.last_seq = max(self.last_seq, loss.last_seq or 0)
+        self.last_seq = max([self.last_seq, *(loss.last_seq or 0 for loss in losses)])
         return new
 
     def _unknown_part(self, loss: LostRange) -> list[LostRange]:
@@ -310,13 +310,21 @@ class Journal(JournalFile):
         return parts
 
     def losses_are_told(self) -> None:
-        """The `journal_loss` events of all that is lost are stored. Raises JournalError."""
+        """The `journal_loss` events of all in `losses` are stored. Raises JournalError."""
         try:
             with database.transaction(self._db):
-                self._db.execute("UPDATE lost_range SET told = 1 WHERE NOT told")
+                self._db.executemany(
+                    "UPDATE lost_range SET told = 1 WHERE first_seq = ?",
+                    [(loss.first_seq,) for loss in self.losses if not loss.told],
+                )
         except apsw.Error as e:
             raise self._write_error(e) from e
-        self.losses = [msgspec.structs.replace(loss, told=True) for loss in self.losses]
+        self.losses = self._load_losses()
+
+    def _load_losses(self) -> list[LostRange]:
+        rows = self._rows(_LOSSES, MAX_REMEMBERED_LOSSES)
+        found = [msgspec.structs.replace(LostRange(*row), told=bool(row[-1])) for row in rows]
+        return sorted(found, key=lambda loss: -loss.first_seq)
 
     def seq_to_trim(self, *, older_than: float, max_bytes: int) -> int:
         """The seq before which everything may go by age, as far as one `trim` comes; by size, a
@@ -378,15 +386,16 @@ class Journal(JournalFile):
 
     def _first_seq(self) -> int:
         """A range that was lost before anything was trimmed counts as part of the journal."""
-        trimmed = self._meta("trimmed_seq")
-        lost = [x.first_seq for x in self.losses if x.last_seq and x.first_seq > trimmed]
+        lost = self._row(
+            "SELECT min(first_seq) FROM lost_range WHERE last_seq NOT NULL AND first_seq > ?",
+            self._meta("trimmed_seq"),
+        )
         row = self._row("SELECT min(first_seq) FROM batch")
-        return min([row[0] if row[0] is not None else self.last_seq + 1, *lost])
+        first = row[0] if row[0] is not None else self.last_seq + 1
+        return int(first if lost[0] is None else min(first, lost[0]))
 
     def _load_producers(self) -> dict[str, Producer]:
-        rows = self._db.execute(
-            "SELECT id, token, last_n, forgotten_n, last_seen, report FROM producer"
-        )
+        rows = self._rows("SELECT id, token, last_n, forgotten_n, last_seen, report FROM producer")
         producers = {row[1]: Producer(*row) for row in rows}
         self._next_producer = max((p.id for p in producers.values()), default=0) + 1
         return producers

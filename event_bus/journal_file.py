@@ -216,6 +216,12 @@ class JournalFile:
         except apsw.Error as e:
             raise self._read_error(e) from e
 
+    def _rows(self, sql: str, *values: Any) -> list[Any]:
+        try:
+            return self._db.execute(sql, values).fetchall()
+        except apsw.Error as e:
+            raise self._read_error(e) from e
+
     def _read_error(self, error: apsw.Error) -> JournalError:
         kind = JournalDamaged if is_damage(error) else JournalFailed
         return kind(f"cannot read {self.path}: {error}", hint=DAMAGE_HINT)

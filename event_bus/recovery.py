@@ -87,8 +87,9 @@ def _begin_after(path: Path, known: int, file: str, clock: Callable[[], float]) 
     reason = f"neither journal nor database is there, and {file} tells of events up to {known}"
     log.error("%s: `bitten restore` brings back a backup", reason)
     journal = Journal(path, origin_seq=known + 1)
-    journal.record_loss(LostRange(1, known, clock(), reason, ""))
-    journal.record_loss(LostRange(known + 1, None, clock(), reason, ""))
+    journal.record_loss(
+        LostRange(1, known, clock(), reason, ""), LostRange(known + 1, None, clock(), reason, "")
+    )
     return journal
 
 
@@ -166,9 +167,13 @@ def _go_on_after_what_was_read(journal: Journal, db: Path, clock: Callable[[], f
     if end <= journal.last_seq:
         return
     reason = f"it ends at {journal.last_seq}, but events up to {end} were read of it"
-    for first, last, why in _lost_tail(journal.last_seq, end, reason):
+    tail = _lost_tail(journal.last_seq, end, reason)
+    for first, last, why in tail:
         log.error("%s: events %d to %d are lost: %s", journal.path, first, last, why)
-        journal.record_loss(LostRange(first, last, clock(), why, journal.path.name))
+    # At once: with the first of them alone, the next start would find nothing amiss.
+    journal.record_loss(
+        *(LostRange(first, last, clock(), why, journal.path.name) for first, last, why in tail)
+    )
 
 
 def _lost_tail(last_seq: int, end: int, reason: str) -> list[tuple[int, int, str]]:

@@ -446,6 +446,24 @@ def test_each_lost_event_is_told_once_however_its_damage_is_found(
     again.close()
 
 
+def test_all_losses_are_told_however_many_they_are(path: Path) -> None:
+    journal = Journal(path)
+    fill_evenly(journal, 300)
+    lost = [LostRange(seq, seq, 1.0, "CRC-32", "f") for seq in range(1, 3_000, 2)]
+    journal.record_loss(*lost)
+    journal.record_loss(LostRange(4_001, 4_010, 1.0, "gone", "f"))
+    told: list[int] = []
+    for _ in range(3):
+        journal.close()
+        journal = Journal(path)
+        assert (journal.first_seq, journal.last_seq) == (1, 4_010)
+        told += [loss.first_seq for loss in journal.losses if not loss.told]
+        journal.losses_are_told()
+    assert sorted(told) == [*range(1, 3_000, 2), 4_001]
+    assert all(loss.told for loss in journal.losses)
+    journal.close()
+
+
 def test_second_recovery_remembers_what_the_first_one_lost(path: Path) -> None:
     journal = Journal(path)
     fill_evenly(journal, 6)
@@ -498,6 +516,30 @@ def test_sound_journal_that_ends_before_the_database_never_gives_out_a_seq_again
     again = recovered(path)
     assert again.losses == [spare, lost]
     again.close()
+
+
+def test_start_that_dies_noting_a_lost_end_gives_out_no_seq_again(
+    home: Path, path: Path, kept: dict[int, Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = max(s + b.count - 1 for s, b in kept.items())
+    events_database(home, last + 70)
+
+    looks = 0
+    unknown_part = Journal._unknown_part
+
+    def dying(journal: Journal, loss: LostRange) -> list[LostRange]:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            raise KeyboardInterrupt
+        return unknown_part(journal, loss)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Journal, "_unknown_part", dying)
+        recovered(path)
+    journal = recovered(path)
+    assert journal.last_seq == last + 70 + SPARE_SEQS
+    journal.close()
 
 
 def test_database_of_another_bus_says_nothing_about_a_sound_journal(
