@@ -136,9 +136,9 @@ class JournalFile:
 
     def copy_to(self, path: Path) -> None:
         """Write all that the open file holds to a new one, and sync it."""
-        flags = database.READ_WRITE | apsw.SQLITE_OPEN_CREATE
         try:
-            copy = database.connect(path, flags)
+            path.touch(0o600)
+            copy = database.connect(path)
             try:
                 with copy.backup("main", self._db, "main") as backup:
                     while not backup.done:

@@ -377,6 +377,8 @@ def test_journal_taken_away_under_a_running_bus_is_put_back_whole(
     assert len(expected) == len(before) + 1
     fill(journal, 1, random.Random(6))
     expected = served(journal)
+    files = [Path(f"{path}{suffix}") for suffix in ("", "-wal", "-shm")]
+    assert [f.stat().st_mode & 0o777 for f in files] == [0o600] * 3
     journal.close()
     again = recovered(path)
     assert served(again) == expected
