@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from disks import small_disk
 from system import System, wait_until
@@ -541,6 +542,38 @@ def test_start_that_dies_noting_a_lost_end_gives_out_no_seq_again(
         recovered(path)
     journal = recovered(path)
     assert journal.last_seq == last + 70 + SPARE_SEQS
+    journal.close()
+
+
+def audited(home: Path, journal_id: str, seq: int) -> None:
+    mark = {"version": 1, "journal_id": journal_id, "opening": [1, "x"], "tally": {"seq": seq}}
+    (home / "audit.json").write_bytes(msgspec.json.encode(mark))
+
+
+@pytest.mark.parametrize("damage", ["garbage", "older copy", "end"])
+def test_seq_goes_on_after_what_an_audit_tells_of_the_journal(
+    home: Path, path: Path, kept: dict[int, Batch], damage: str
+) -> None:
+    journal = Journal(path)
+    audited(home, journal.journal_id, 9_000)
+    journal.close()
+    if damage == "garbage":
+        path.write_bytes(b"no database at all" * 1_000)
+    elif damage == "end":
+        mark_damaged(path, "as found by a test")
+    db = home / "bitten_events.db"
+    journal = open_journal(path, db, lambda: 1_769_860_800.0, backup_dir=home / "backup")
+    assert journal.last_seq == 9_000 + SPARE_SEQS
+    journal.close()
+
+
+def test_audit_of_a_journal_before_says_nothing_about_a_sound_one(
+    home: Path, path: Path, kept: dict[int, Batch]
+) -> None:
+    audited(home, "0123456789abcdef", 9_000)
+    db = home / "bitten_events.db"
+    journal = open_journal(path, db, lambda: 1_769_860_800.0, backup_dir=home / "backup")
+    assert journal.losses == []
     journal.close()
 
 
