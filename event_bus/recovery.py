@@ -135,28 +135,42 @@ def _missing(path: Path, db: Path) -> str | None:
     wal = Path(f"{path}-wal")
     if wal.exists() and wal.stat().st_size:
         return f"{what}, but {wal.name} is"
-    last, _ = _last_stored(db)
+    last, _ = _last_stored(db, is_needed=True)
     return f"{what}, but {db} holds events up to seq {last}" if last else None
 
 
-def _last_stored(db: Path) -> tuple[int, str | None]:
+def _last_stored(db: Path, *, is_needed: bool = False) -> tuple[int, str | None]:
     """The last seq of which the events database has account, as the collector counts it, and the
-    journal it came from; 0 if it cannot be had."""
+    journal it came from; 0 if it cannot be had.
+
+    Where it `is_needed`, raises JournalError if it cannot be had for now: without it, seqs that
+    were given out would be given out again.
+    """
     found: list[Any] = []
-    with contextlib.suppress(apsw.Error):
-        connection = database.connect(db, database.READ_ONLY, busy_timeout_ms=500)
-        for sql in (
-            "SELECT max(seq) FROM _event",
-            "SELECT max(last_seq) FROM _gap",
-            "SELECT value FROM _meta WHERE key = 'journal_id'",
-        ):
-            try:
-                row = connection.execute(sql).fetchone()
-            except apsw.Error:  # the others may still be readable
-                row = None
-            found.append(row[0] if row else None)
-        connection.close()
-    event, gap, journal_id = found or (0, 0, None)
+    try:
+        with contextlib.closing(
+            database.connect(db, database.READ_ONLY, busy_timeout_ms=500)
+        ) as connection:
+            for sql in (
+                "SELECT max(seq) FROM _event",
+                "SELECT max(last_seq) FROM _gap",
+                "SELECT value FROM _meta WHERE key = 'journal_id'",
+            ):
+                try:
+                    row = connection.execute(sql).fetchone()
+                except (apsw.SQLError, apsw.CorruptError):  # the others may still be readable
+                    row = None
+                found.append(row[0] if row else None)
+    except apsw.Error as e:
+        is_there = db.exists() and not isinstance(e, apsw.NotADBError | apsw.CorruptError)
+        if is_needed and is_there:
+            kind = JournalFailed if isinstance(e, apsw.BusyError) else JournalError
+            raise kind(  # a lock passes: a supervisor is to try again
+                f"cannot read {db}, which tells how far the lost journal went: {e}",
+                hint=database.reading_hint(e),
+            ) from e
+        return 0, None
+    event, gap, journal_id = found
     return max(event or 0, gap or 0), None if journal_id is None else str(journal_id)
 
 
@@ -194,7 +208,7 @@ def _rebuild(
 ) -> Path:
     new = path.with_suffix(".recovering")
     _remove(new)
-    last_stored, stored_id = _last_stored(db)
+    last_stored, stored_id = _last_stored(db, is_needed=True)
     aside = _aside(path, "corrupt", clock)
     with Pages(path) as pages:
         carved = carve(pages)

@@ -15,8 +15,9 @@ import pytest
 from disks import small_disk
 from system import System, wait_until
 
+from event_bus import database
 from event_bus.carve import Pages, carve, read_batch
-from event_bus.errors import JournalDamaged, JournalError, JournalFull
+from event_bus.errors import JournalDamaged, JournalError, JournalFailed, JournalFull
 from event_bus.journal import DamagedBatch, Journal
 from event_bus.journal_format import PAGE_BYTES, Batch, LostRange
 from event_bus.recovery import SPARE_SEQS, mark_damaged, open_journal, put_back
@@ -543,6 +544,37 @@ def test_start_that_dies_noting_a_lost_end_gives_out_no_seq_again(
     journal = recovered(path)
     assert journal.last_seq == last + 70 + SPARE_SEQS
     journal.close()
+
+
+@pytest.mark.parametrize("damage", ["missing", "garbage"])
+def test_lost_journal_is_not_begun_anew_while_the_database_cannot_be_asked(
+    home: Path, path: Path, kept: dict[int, Batch], damage: str
+) -> None:
+    events_database(home, 5_000)
+    path.unlink()
+    if damage == "garbage":
+        path.write_bytes(b"no database at all" * 1_000)
+    other = database.connect(home / "bitten_events.db")
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(JournalFailed, match=r"bitten_events\.db.* locked; end the other program's"):
+        recovered(path)
+    other.close()
+    assert len(list(home.glob("journal*"))) == (damage == "garbage")
+    journal = recovered(path)
+    assert journal.origin_seq == 5_001 + SPARE_SEQS
+    journal.close()
+
+
+def test_sound_journal_is_served_though_the_database_is_locked(
+    home: Path, path: Path, kept: dict[int, Batch]
+) -> None:
+    events_database(home, 100)
+    other = database.connect(home / "bitten_events.db")
+    other.execute("BEGIN EXCLUSIVE")
+    journal = recovered(path)
+    assert served(journal) == kept
+    journal.close()
+    other.close()
 
 
 def audited(home: Path, journal_id: str, seq: int) -> None:
