@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +104,10 @@ class Carved(msgspec.Struct):
         return last
 
 
-def carve(pages: Pages, on_progress: Callable[[], None] = lambda: None) -> Carved:
-    """Everything that can be read from these pages; `on_progress` is called now and then."""
+def carve(pages: Pages) -> Carved:
+    """Everything that can be read from these pages."""
     carved = Carved({}, {}, {}, {}, {}, {})
     for number in range(1, pages.count + 1):
-        if number % 1_000 == 0:
-            on_progress()
         for page in pages.versions(number):
             for cell, rowid, record in _records(pages, number, page):
                 if rowid is not None:

@@ -155,7 +155,6 @@ class Housekeeping:
     def _trim(self) -> None:
         """Save cursors, and trim the journal by age and size but not past a durable consumer."""
         self._consumers.save()
-        self._intake.commit()  # trimming reloads what it knows of producers
         before = self._journal.seq_to_trim(
             older_than=self._steady_now() - self._settings.journal_max_age_s,
             max_bytes=self._settings.journal_max_bytes,

@@ -29,7 +29,12 @@ from event_bus.journal_format import (
 START_BUSY_MS = 500
 MAX_REMEMBERED_LOSSES = 1_000
 
+MAX_TRIMMED_BATCHES = 200
+MAX_TRIMMED_BYTES = 32 << 20
+"""At once: events that come meanwhile wait for it, some 8 ms (SQLite reads all that it frees)."""
+
 _LAST = "SELECT * FROM batch ORDER BY first_seq DESC LIMIT 1"
+_LOSSES = "SELECT * FROM lost_range ORDER BY told, first_seq DESC LIMIT ?"
 _ADD_LOSS = "INSERT OR IGNORE INTO lost_range VALUES (?,?,?,?,?,?)"
 _FIRST = "SELECT * FROM batch ORDER BY first_seq LIMIT 1"
 
@@ -67,12 +72,8 @@ class Journal(JournalFile):
         """The first seq that this journal ever had; above 1 if it follows a lost one."""
         self.recovered = ""
         """Why this start had to make a new file of a damaged one; empty if it had not."""
-        self.losses = [
-            LostRange(*row)
-            for row in self._db.execute(
-                "SELECT * FROM lost_range ORDER BY first_seq DESC LIMIT ?", (MAX_REMEMBERED_LOSSES,)
-            )
-        ]
+        self.losses = self._load_losses()
+        """The newest first; of very many those that are not told yet."""
         # Both ends decide which seq comes next and which is refused: they have to be right.
         for row in (self._row(_FIRST), self._row(_LAST)):
             if row and not is_intact(*row):
@@ -82,7 +83,7 @@ class Journal(JournalFile):
         self.last_seq: int = max(
             row[0] + row[1] - 1 if row else 0,
             self._meta("trimmed_seq"),
-            *(loss.last_seq or 0 for loss in self.losses),
+            self._row("SELECT coalesce(max(last_seq), 0) FROM lost_range")[0],
         )
         self.first_seq = self._first_seq()
         self.producers = self._load_producers()
@@ -210,13 +211,14 @@ class Journal(JournalFile):
         return row[0] if row[0] is not None else self.last_seq + 1
 
     def seq_of_native(self, producer: Producer, n: int) -> int | None:
+        # Runs do not overlap: if the last that begins by then is too short, no other has it.
         row = self._row(
-            "SELECT first_seq + ?2 - first_n FROM run WHERE producer = ?1 AND first_n <= ?2 "
-            "AND last_n >= ?2 ORDER BY first_n DESC LIMIT 1",
+            "SELECT first_seq + ?2 - first_n, last_n FROM run WHERE producer = ?1"
+            " AND first_n <= ?2 ORDER BY first_n DESC LIMIT 1",
             producer.id,
             n,
         )
-        return row[0] if row else None
+        return row[0] if row and row[1] >= n else None
 
     def seq_of_opaque(self, event_id: str) -> int | None:
         row = self._row("SELECT seq FROM opaque_id WHERE event_id = ?", event_id)
@@ -232,7 +234,7 @@ class Journal(JournalFile):
 
     def consumers(self) -> dict[str, tuple[int, float]]:
         """Durable consumers: name to (next seq they will ask for, Unix seconds last seen)."""
-        return {name: (seq, seen) for name, seq, seen in self._db.execute("SELECT * FROM consumer")}
+        return {name: (seq, seen) for name, seq, seen in self._rows("SELECT * FROM consumer")}
 
     def save_consumers(self, consumers: dict[str, tuple[int, float]]) -> None:
         try:
@@ -261,7 +263,7 @@ class Journal(JournalFile):
         except apsw.Error as e:
             raise self._write_error(e) from e
         self.last_seq = trimmed_seq
-        self.losses = sorted(losses, key=lambda loss: -loss.first_seq)[:MAX_REMEMBERED_LOSSES]
+        self.losses = self._load_losses()
 
     def save_producers(self) -> None:
         """Write all that is known of producers. Raises JournalError."""
@@ -274,17 +276,20 @@ class Journal(JournalFile):
         except apsw.Error as e:
             raise self._write_error(e) from e
 
-    def record_loss(self, loss: LostRange) -> list[LostRange]:
-        """Keep account of what is not known to be lost yet of a range, and return that; a range at
-        the end moves the end. Raises JournalError."""
+    def record_loss(self, *losses: LostRange) -> list[LostRange]:
+        """Keep account of what is not known to be lost yet of these ranges, and return that; one
+        at the end moves the end. All of it or nothing. Raises JournalError."""
+        new: list[LostRange] = []
         try:
             with database.transaction(self._db):
-                new = self._unknown_part(loss)
-                self._db.executemany(_ADD_LOSS, map(msgspec.structs.astuple, new))
+                for loss in losses:
+                    parts = self._unknown_part(loss)
+                    self._db.executemany(_ADD_LOSS, map(msgspec.structs.astuple, parts))
+                    new += parts
         except apsw.Error as e:
             raise self._write_error(e) from e
         self.losses[:0] = reversed(new)
-        self.last_seq = max(self.last_seq, loss.last_seq or 0)
+        self.last_seq = max([self.last_seq, *(loss.last_seq or 0 for loss in losses)])
         return new
 
     def _unknown_part(self, loss: LostRange) -> list[LostRange]:
@@ -305,54 +310,75 @@ class Journal(JournalFile):
         return parts
 
     def losses_are_told(self) -> None:
-        """The `journal_loss` events of all that is lost are stored. Raises JournalError."""
+        """The `journal_loss` events of all in `losses` are stored. Raises JournalError."""
         try:
             with database.transaction(self._db):
-                self._db.execute("UPDATE lost_range SET told = 1 WHERE NOT told")
+                self._db.executemany(
+                    "UPDATE lost_range SET told = 1 WHERE first_seq = ?",
+                    [(loss.first_seq,) for loss in self.losses if not loss.told],
+                )
         except apsw.Error as e:
             raise self._write_error(e) from e
-        self.losses = [msgspec.structs.replace(loss, told=True) for loss in self.losses]
+        self.losses = self._load_losses()
+
+    def _load_losses(self) -> list[LostRange]:
+        rows = self._rows(_LOSSES, MAX_REMEMBERED_LOSSES)
+        found = [msgspec.structs.replace(LostRange(*row), told=bool(row[-1])) for row in rows]
+        return sorted(found, key=lambda loss: -loss.first_seq)
 
     def seq_to_trim(self, *, older_than: float, max_bytes: int) -> int:
-        """The seq before which everything may go by age; by size, a tenth of the journal more."""
-        # From the old end on, and not by the index, which would be read to its young end.
+        """The seq before which everything may go by age, as far as one `trim` comes; by size, a
+        tenth of the journal more."""
+        # A journal that is held past its age is old up to its young end: never look that far.
         row = self._row(
-            "SELECT first_seq FROM batch NOT INDEXED WHERE received_at >= ? "
-            "ORDER BY first_seq LIMIT 1",
+            "SELECT first_seq FROM (SELECT first_seq, received_at FROM batch ORDER BY first_seq"
+            " LIMIT ?) WHERE received_at >= ? ORDER BY first_seq LIMIT 1",
+            MAX_TRIMMED_BATCHES,
             older_than,
+        ) or self._row(
+            "SELECT first_seq FROM batch ORDER BY first_seq LIMIT 1 OFFSET ?", MAX_TRIMMED_BATCHES
         )
         by_age = row[0] if row else self.last_seq + 1
         if self.size_bytes() <= max_bytes:
             return by_age
         return max(by_age, self.first_seq + (self.last_seq - self.first_seq) // 10 + 1)
 
-    def trim(self, before_seq: int, *, max_batches: int = 200) -> int:
-        """Remove up to `max_batches` whole batches that end before that seq; returns how many."""
+    def trim(self, before_seq: int, *, max_batches: int = MAX_TRIMMED_BATCHES) -> int:
+        """Remove up to `max_batches` whole batches that end before that seq, or as many as have
+        MAX_TRIMMED_BYTES; returns how many."""
+        cut = removed = size = 0
         try:
-            rows: list[Any] = self._db.execute(
-                "SELECT first_seq, count FROM batch WHERE first_seq + count <= ? "
-                "ORDER BY first_seq LIMIT ?",
+            for first_seq, count, body_bytes in self._db.execute(
+                "SELECT first_seq, count, length(body) FROM batch WHERE first_seq < ?1"
+                " AND first_seq + count <= ?1 ORDER BY first_seq LIMIT ?2",
                 (before_seq, max_batches),
-            ).fetchall()
-            if not rows:
+            ):
+                size += body_bytes
+                if removed and size > MAX_TRIMMED_BYTES:
+                    break
+                removed += 1
+                cut = first_seq + count
+            if not removed:
                 return 0
-            cut: int = rows[-1][0] + rows[-1][1]
             with database.transaction(self._db):
                 self._db.execute("DELETE FROM batch WHERE first_seq < ?", (cut,))
-                self._db.execute(
-                    "UPDATE producer SET forgotten_n = max(forgotten_n, (SELECT max(last_n)"
-                    " FROM run WHERE run.producer = producer.id AND first_seq < ?1))"
-                    " WHERE id IN (SELECT producer FROM run WHERE first_seq < ?1)",
+                # By that index, or all runs of each of these producers would be read.
+                forgotten: list[Any] = self._db.execute(
+                    "UPDATE producer SET forgotten_n = max(forgotten_n, gone.n) FROM"
+                    " (SELECT producer AS id, max(last_n) AS n FROM run INDEXED BY run_first_seq"
+                    "  WHERE first_seq < ? GROUP BY 1) AS gone"
+                    " WHERE producer.id = gone.id RETURNING token, forgotten_n",
                     (cut,),
-                )
+                ).fetchall()
                 self._db.execute("DELETE FROM run WHERE first_seq < ?", (cut,))
                 self._db.execute("DELETE FROM opaque_id WHERE seq < ?", (cut,))
                 self._db.execute("UPDATE meta SET value = ? WHERE key = 'trimmed_seq'", (cut - 1,))
         except apsw.Error as e:
             raise self._write_error(e) from e
         self.first_seq = cut
-        self.reload_producers()
-        return len(rows)
+        for token, n in forgotten:
+            self.producers[token].forgotten_n = n
+        return removed
 
     def reload_producers(self) -> None:
         """Know of producers what is on disk."""
@@ -360,15 +386,16 @@ class Journal(JournalFile):
 
     def _first_seq(self) -> int:
         """A range that was lost before anything was trimmed counts as part of the journal."""
-        trimmed = self._meta("trimmed_seq")
-        lost = [x.first_seq for x in self.losses if x.last_seq and x.first_seq > trimmed]
+        lost = self._row(
+            "SELECT min(first_seq) FROM lost_range WHERE last_seq NOT NULL AND first_seq > ?",
+            self._meta("trimmed_seq"),
+        )
         row = self._row("SELECT min(first_seq) FROM batch")
-        return min([row[0] if row[0] is not None else self.last_seq + 1, *lost])
+        first = row[0] if row[0] is not None else self.last_seq + 1
+        return int(first if lost[0] is None else min(first, lost[0]))
 
     def _load_producers(self) -> dict[str, Producer]:
-        rows = self._db.execute(
-            "SELECT id, token, last_n, forgotten_n, last_seen, report FROM producer"
-        )
+        rows = self._rows("SELECT id, token, last_n, forgotten_n, last_seen, report FROM producer")
         producers = {row[1]: Producer(*row) for row in rows}
         self._next_producer = max((p.id for p in producers.values()), default=0) + 1
         return producers

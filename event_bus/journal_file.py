@@ -136,9 +136,9 @@ class JournalFile:
 
     def copy_to(self, path: Path) -> None:
         """Write all that the open file holds to a new one, and sync it."""
-        flags = database.READ_WRITE | apsw.SQLITE_OPEN_CREATE
         try:
-            copy = database.connect(path, flags)
+            path.touch(0o600)
+            copy = database.connect(path)
             try:
                 with copy.backup("main", self._db, "main") as backup:
                     while not backup.done:
@@ -213,6 +213,12 @@ class JournalFile:
     def _row(self, sql: str, *values: Any) -> Any:
         try:
             return self._db.execute(sql, values).fetchone()
+        except apsw.Error as e:
+            raise self._read_error(e) from e
+
+    def _rows(self, sql: str, *values: Any) -> list[Any]:
+        try:
+            return self._db.execute(sql, values).fetchall()
         except apsw.Error as e:
             raise self._read_error(e) from e
 

@@ -48,7 +48,7 @@ def open_journal(
     """The journal at `path`, recovered if it is damaged, empty or gone.
 
     `db` is the events database: what it holds was in the journal once, so seqs go on after that.
-    Where both are gone they go on after what the last audit or a backup in `backup_dir` tells of.
+    So do they after what the last audit or a backup in `backup_dir` tells of this journal.
     Raises JournalError.
     """
     try:
@@ -57,19 +57,17 @@ def open_journal(
         if reason is None:
             fresh = not path.exists() or path.stat().st_size == 0
             try:
-                known, file = (0, "")
-                if fresh and backup_dir:
-                    known, file = last_known(path.parent, backup_dir)
+                known, file = _told(path, backup_dir) if fresh else (0, "")
                 if known:
                     return _begin_after(path, known, file, clock)
                 journal = Journal(path, create=fresh or _last_stored(db)[0] == 0)
-                _go_on_after_what_was_read(journal, db, clock)
+                _go_on_after_what_was_read(journal, db, backup_dir, clock)
                 return journal
             except JournalDamaged as e:
                 reason = str(e.args[0])  # without the hint: this is the next start
         log.error("recovering the journal: %s", reason)
         try:
-            aside = _rebuild(path, db, reason, clock)
+            aside = _rebuild(path, db, backup_dir, reason, clock)
         except JournalError:
             _remove(path.with_suffix(".recovering"))  # it would only fill the disk
             raise
@@ -87,9 +85,14 @@ def _begin_after(path: Path, known: int, file: str, clock: Callable[[], float]) 
     reason = f"neither journal nor database is there, and {file} tells of events up to {known}"
     log.error("%s: `bitten restore` brings back a backup", reason)
     journal = Journal(path, origin_seq=known + 1)
-    journal.record_loss(LostRange(1, known, clock(), reason, ""))
-    journal.record_loss(LostRange(known + 1, None, clock(), reason, ""))
+    journal.record_loss(
+        LostRange(1, known, clock(), reason, ""), LostRange(known + 1, None, clock(), reason, "")
+    )
     return journal
+
+
+def _told(path: Path, backup_dir: Path | None, journal_id: str | None = None) -> tuple[int, str]:
+    return last_known(path.parent, backup_dir, journal_id) if backup_dir else (0, "")
 
 
 def mark_damaged(path: Path, reason: str) -> None:
@@ -132,43 +135,64 @@ def _missing(path: Path, db: Path) -> str | None:
     wal = Path(f"{path}-wal")
     if wal.exists() and wal.stat().st_size:
         return f"{what}, but {wal.name} is"
-    last, _ = _last_stored(db)
+    last, _ = _last_stored(db, is_needed=True)
     return f"{what}, but {db} holds events up to seq {last}" if last else None
 
 
-def _last_stored(db: Path) -> tuple[int, str | None]:
+def _last_stored(db: Path, *, is_needed: bool = False) -> tuple[int, str | None]:
     """The last seq of which the events database has account, as the collector counts it, and the
-    journal it came from; 0 if it cannot be had."""
+    journal it came from; 0 if it cannot be had.
+
+    Where it `is_needed`, raises JournalError if it cannot be had for now: without it, seqs that
+    were given out would be given out again.
+    """
     found: list[Any] = []
-    with contextlib.suppress(apsw.Error):
-        connection = database.connect(db, database.READ_ONLY, busy_timeout_ms=500)
-        for sql in (
-            "SELECT max(seq) FROM _event",
-            "SELECT max(last_seq) FROM _gap",
-            "SELECT value FROM _meta WHERE key = 'journal_id'",
-        ):
-            try:
-                row = connection.execute(sql).fetchone()
-            except apsw.Error:  # the others may still be readable
-                row = None
-            found.append(row[0] if row else None)
-        connection.close()
-    event, gap, journal_id = found or (0, 0, None)
+    try:
+        with contextlib.closing(
+            database.connect(db, database.READ_ONLY, busy_timeout_ms=500)
+        ) as connection:
+            for sql in (
+                "SELECT max(seq) FROM _event",
+                "SELECT max(last_seq) FROM _gap",
+                "SELECT value FROM _meta WHERE key = 'journal_id'",
+            ):
+                try:
+                    row = connection.execute(sql).fetchone()
+                except (apsw.SQLError, apsw.CorruptError):  # the others may still be readable
+                    row = None
+                found.append(row[0] if row else None)
+    except apsw.Error as e:
+        is_there = db.exists() and not isinstance(e, apsw.NotADBError | apsw.CorruptError)
+        if is_needed and is_there:
+            kind = JournalFailed if isinstance(e, apsw.BusyError) else JournalError
+            raise kind(  # a lock passes: a supervisor is to try again
+                f"cannot read {db}, which tells how far the lost journal went: {e}",
+                hint=database.reading_hint(e),
+            ) from e
+        return 0, None
+    event, gap, journal_id = found
     return max(event or 0, gap or 0), None if journal_id is None else str(journal_id)
 
 
-def _go_on_after_what_was_read(journal: Journal, db: Path, clock: Callable[[], float]) -> None:
+def _go_on_after_what_was_read(
+    journal: Journal, db: Path, backup_dir: Path | None, clock: Callable[[], float]
+) -> None:
     """A sound journal may end too early: its -wal is gone, or it is an older copy."""
     last_stored, stored_id = _last_stored(db)
     if stored_id not in (None, journal.journal_id):
         return  # another bus's database; the collector says so
-    end = max([last_stored, *(next_seq - 1 for next_seq, _ in journal.consumers().values())])
+    told, _ = _told(journal.path, backup_dir, journal.journal_id)
+    end = max([last_stored, told, *(next_seq - 1 for next_seq, _ in journal.consumers().values())])
     if end <= journal.last_seq:
         return
     reason = f"it ends at {journal.last_seq}, but events up to {end} were read of it"
-    for first, last, why in _lost_tail(journal.last_seq, end, reason):
+    tail = _lost_tail(journal.last_seq, end, reason)
+    for first, last, why in tail:
         log.error("%s: events %d to %d are lost: %s", journal.path, first, last, why)
-        journal.record_loss(LostRange(first, last, clock(), why, journal.path.name))
+    # At once: with the first of them alone, the next start would find nothing amiss.
+    journal.record_loss(
+        *(LostRange(first, last, clock(), why, journal.path.name) for first, last, why in tail)
+    )
 
 
 def _lost_tail(last_seq: int, end: int, reason: str) -> list[tuple[int, int, str]]:
@@ -179,21 +203,25 @@ def _lost_tail(last_seq: int, end: int, reason: str) -> list[tuple[int, int, str
     return [lost for lost in tail if lost[0] <= lost[1]]
 
 
-def _rebuild(path: Path, db: Path, reason: str, clock: Callable[[], float]) -> Path:
+def _rebuild(
+    path: Path, db: Path, backup_dir: Path | None, reason: str, clock: Callable[[], float]
+) -> Path:
     new = path.with_suffix(".recovering")
     _remove(new)
-    last_stored, stored_id = _last_stored(db)
+    last_stored, stored_id = _last_stored(db, is_needed=True)
     aside = _aside(path, "corrupt", clock)
     with Pages(path) as pages:
         carved = carve(pages)
-        proven, end = _ends(carved, last_stored)
+        identity = _identity(carved, stored_id)
+        told, _ = _told(path, backup_dir, identity)
+        proven, end = _ends(carved, max(last_stored, told))
         origin_seq, trimmed_seq = _beginning(carved, last_stored, end)
         with (
             contextlib.closing(Journal(new, origin_seq=origin_seq)) as journal,
             journal.filling(),
         ):
             journal.adopt(
-                journal_id=_identity(carved, stored_id),
+                journal_id=identity,
                 epoch=_number(carved, "epoch"),
                 trimmed_seq=trimmed_seq,
                 losses=list(carved.losses.values()),
@@ -221,13 +249,13 @@ def _rebuild(path: Path, db: Path, reason: str, clock: Callable[[], float]) -> P
     return aside
 
 
-def _ends(carved: Carved, last_stored: int) -> tuple[int, int]:
+def _ends(carved: Carved, last_known: int) -> tuple[int, int]:
     """Up to where the journal proves itself what it had, and up to where it is known to have had
-    something: by an index, by the database, by whoever read it."""
+    something: by an index, by whoever read it, or else (the database, an audit, a backup)."""
     lost = [loss.last_seq or 0 for loss in carved.losses.values()]
     proven = max([_number(carved, "trimmed_seq"), carved.end(is_exact=True), *lost])
     read = [seq - 1 for seq, _ in carved.consumers.values() if seq < MAX_SEQ]
-    return proven, max([proven, carved.end(), last_stored, *read])
+    return proven, max([proven, carved.end(), last_known, *read])
 
 
 def _beginning(carved: Carved, last_stored: int, end: int) -> tuple[int, int]:

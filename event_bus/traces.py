@@ -12,24 +12,30 @@ AUDIT = "audit.json"
 class _Part(msgspec.Struct, frozen=True):
     seq: int = 0
     last_seq: int = 0
+    journal_id: str | None = None
 
 
 class _Trace(msgspec.Struct, frozen=True):
     """What audit.json and the manifest of a backup have of it."""
 
     home: str | None = None
+    journal_id: str | None = None
     tally: _Part | None = None
     database: _Part | None = None
     journal: _Part | None = None
 
 
-def last_known(home: Path, backup_dir: Path) -> tuple[int, str]:
-    """The highest seq that an audit or a backup tells of, and the file; (0, "") if none does."""
+def last_known(home: Path, backup_dir: Path, journal_id: str | None = None) -> tuple[int, str]:
+    """The highest seq that an audit or a backup tells of, and the file; (0, "") if none does.
+
+    With `journal_id`, of that journal alone: one begun anew counts again.
+    """
     files = [home / AUDIT, *backup_dir.glob("*Z/manifest.json")]
-    return max(((seq, str(f)) for f in files if (seq := _last_seq(f, home))), default=(0, ""))
+    found = ((_last_seq(file, home, journal_id), str(file)) for file in files)
+    return max((known for known in found if known[0]), default=(0, ""))
 
 
-def _last_seq(file: Path, home: Path) -> int:
+def _last_seq(file: Path, home: Path, journal_id: str | None) -> int:
     try:
         trace = msgspec.json.decode(file.read_bytes(), type=_Trace)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
@@ -37,4 +43,6 @@ def _last_seq(file: Path, home: Path) -> int:
     if trace.home not in (None, str(home)):  # backups of several homes may lie together
         return 0
     parts = [part for part in (trace.tally, trace.database, trace.journal) if part]
+    if journal_id not in (None, trace.journal_id, *(part.journal_id for part in parts)):
+        return 0
     return max((max(part.seq, part.last_seq) for part in parts), default=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import apsw
@@ -178,6 +178,63 @@ def test_trim_by_size_ends_below_the_bound(journal: Journal) -> None:
     assert journal.size_bytes() <= bound
     assert 1 < journal.first_seq < journal.last_seq == 80
     assert journal.read(journal.first_seq, 1)[0].first_seq == journal.first_seq
+
+
+def one_by_one(journal: Journal, events: int) -> None:
+    """Batches of one event each, all of one producer, received at 0.0, 1.0, 2.0, …"""
+    producer = journal.producer("0123456789abcdef0123")
+    with journal.filling():
+        for n in range(journal.last_seq + 1, journal.last_seq + events + 1):
+            producer.last_n = n
+            run = (producer, n, n, 0)
+            journal.append([b"x\n"], 1, n - 1.0, runs=[run], opaque_ids=[])
+
+
+def steps(journal: Journal, action: Callable[[], object]) -> int:
+    """How many instructions of SQLite's machine it takes, in hundreds."""
+    count = 0
+
+    def step() -> bool:
+        nonlocal count
+        count += 1
+        return False
+
+    journal._db.set_progress_handler(step, 100)
+    action()
+    journal._db.set_progress_handler(None)
+    return count
+
+
+@pytest.mark.parametrize("trimmed", [0, 1, 200])
+def test_trimming_takes_no_longer_in_a_journal_of_many_batches(
+    journal: Journal, trimmed: int
+) -> None:
+    def turn() -> None:
+        before = journal.seq_to_trim(older_than=1e9, max_bytes=1 << 40)
+        # What a slow consumer has not stored stays, however old it is.
+        assert journal.trim(min(before, journal.first_seq + trimmed)) == trimmed
+
+    one_by_one(journal, 1_000)
+    few = steps(journal, turn)
+    one_by_one(journal, 9_000)
+    assert steps(journal, turn) <= few + 10
+
+
+def test_trim_removes_no_more_than_some_bytes_at_once(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("event_bus.journal.MAX_TRIMMED_BYTES", 2_500)
+    for size in (1_000, 1_000, 1_000, 9_000, 1):
+        append(journal, "a", size=size)
+    assert [journal.trim(6) for _ in range(5)] == [2, 1, 1, 1, 0]
+
+
+def test_place_of_an_id_that_is_not_there_is_not_looked_for_in_all_runs(journal: Journal) -> None:
+    one_by_one(journal, 5_000)
+    producer = next(iter(journal.producers.values()))
+    few = steps(journal, lambda: journal.seq_of_native(producer, 1))
+    assert steps(journal, lambda: journal.seq_of_native(producer, 5_001)) <= few + 1
+    assert journal.seq_of_native(producer, 5_001) is None
 
 
 def test_seq_at_a_time_is_the_first_received_from_then_on(journal: Journal) -> None:

@@ -10,12 +10,14 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from disks import small_disk
 from system import System, wait_until
 
+from event_bus import database
 from event_bus.carve import Pages, carve, read_batch
-from event_bus.errors import JournalDamaged, JournalError, JournalFull
+from event_bus.errors import JournalDamaged, JournalError, JournalFailed, JournalFull
 from event_bus.journal import DamagedBatch, Journal
 from event_bus.journal_format import PAGE_BYTES, Batch, LostRange
 from event_bus.recovery import SPARE_SEQS, mark_damaged, open_journal, put_back
@@ -377,6 +379,8 @@ def test_journal_taken_away_under_a_running_bus_is_put_back_whole(
     assert len(expected) == len(before) + 1
     fill(journal, 1, random.Random(6))
     expected = served(journal)
+    files = [Path(f"{path}{suffix}") for suffix in ("", "-wal", "-shm")]
+    assert [f.stat().st_mode & 0o777 for f in files] == [0o600] * 3
     journal.close()
     again = recovered(path)
     assert served(again) == expected
@@ -446,6 +450,24 @@ def test_each_lost_event_is_told_once_however_its_damage_is_found(
     again.close()
 
 
+def test_all_losses_are_told_however_many_they_are(path: Path) -> None:
+    journal = Journal(path)
+    fill_evenly(journal, 300)
+    lost = [LostRange(seq, seq, 1.0, "CRC-32", "f") for seq in range(1, 3_000, 2)]
+    journal.record_loss(*lost)
+    journal.record_loss(LostRange(4_001, 4_010, 1.0, "gone", "f"))
+    told: list[int] = []
+    for _ in range(3):
+        journal.close()
+        journal = Journal(path)
+        assert (journal.first_seq, journal.last_seq) == (1, 4_010)
+        told += [loss.first_seq for loss in journal.losses if not loss.told]
+        journal.losses_are_told()
+    assert sorted(told) == [*range(1, 3_000, 2), 4_001]
+    assert all(loss.told for loss in journal.losses)
+    journal.close()
+
+
 def test_second_recovery_remembers_what_the_first_one_lost(path: Path) -> None:
     journal = Journal(path)
     fill_evenly(journal, 6)
@@ -498,6 +520,93 @@ def test_sound_journal_that_ends_before_the_database_never_gives_out_a_seq_again
     again = recovered(path)
     assert again.losses == [spare, lost]
     again.close()
+
+
+def test_start_that_dies_noting_a_lost_end_gives_out_no_seq_again(
+    home: Path, path: Path, kept: dict[int, Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = max(s + b.count - 1 for s, b in kept.items())
+    events_database(home, last + 70)
+
+    looks = 0
+    unknown_part = Journal._unknown_part
+
+    def dying(journal: Journal, loss: LostRange) -> list[LostRange]:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            raise KeyboardInterrupt
+        return unknown_part(journal, loss)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Journal, "_unknown_part", dying)
+        recovered(path)
+    journal = recovered(path)
+    assert journal.last_seq == last + 70 + SPARE_SEQS
+    journal.close()
+
+
+@pytest.mark.parametrize("damage", ["missing", "garbage"])
+def test_lost_journal_is_not_begun_anew_while_the_database_cannot_be_asked(
+    home: Path, path: Path, kept: dict[int, Batch], damage: str
+) -> None:
+    events_database(home, 5_000)
+    path.unlink()
+    if damage == "garbage":
+        path.write_bytes(b"no database at all" * 1_000)
+    other = database.connect(home / "bitten_events.db")
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(JournalFailed, match=r"bitten_events\.db.* locked; end the other program's"):
+        recovered(path)
+    other.close()
+    assert len(list(home.glob("journal*"))) == (damage == "garbage")
+    journal = recovered(path)
+    assert journal.origin_seq == 5_001 + SPARE_SEQS
+    journal.close()
+
+
+def test_sound_journal_is_served_though_the_database_is_locked(
+    home: Path, path: Path, kept: dict[int, Batch]
+) -> None:
+    events_database(home, 100)
+    other = database.connect(home / "bitten_events.db")
+    other.execute("BEGIN EXCLUSIVE")
+    journal = recovered(path)
+    assert served(journal) == kept
+    journal.close()
+    other.close()
+
+
+def audited(home: Path, journal_id: str, seq: int) -> None:
+    mark = {"version": 1, "journal_id": journal_id, "opening": [1, "x"], "tally": {"seq": seq}}
+    (home / "audit.json").write_bytes(msgspec.json.encode(mark))
+
+
+@pytest.mark.parametrize("damage", ["garbage", "older copy", "end"])
+def test_seq_goes_on_after_what_an_audit_tells_of_the_journal(
+    home: Path, path: Path, kept: dict[int, Batch], damage: str
+) -> None:
+    journal = Journal(path)
+    audited(home, journal.journal_id, 9_000)
+    journal.close()
+    if damage == "garbage":
+        path.write_bytes(b"no database at all" * 1_000)
+    elif damage == "end":
+        mark_damaged(path, "as found by a test")
+    db = home / "bitten_events.db"
+    journal = open_journal(path, db, lambda: 1_769_860_800.0, backup_dir=home / "backup")
+    assert journal.last_seq == 9_000 + SPARE_SEQS
+    journal.close()
+
+
+def test_audit_of_a_journal_before_says_nothing_about_a_sound_one(
+    home: Path, path: Path, kept: dict[int, Batch]
+) -> None:
+    audited(home, "0123456789abcdef", 9_000)
+    db = home / "bitten_events.db"
+    journal = open_journal(path, db, lambda: 1_769_860_800.0, backup_dir=home / "backup")
+    assert journal.losses == []
+    journal.close()
 
 
 def test_database_of_another_bus_says_nothing_about_a_sound_journal(
