@@ -259,6 +259,8 @@ def _accounts(
             unstored=unstored.get(token, 0),
             spooled=spool.after(last_n) if spool else 0,
             spooled_n=spool.last_n if spool else 0,
+            dropped_at_end=spool.dropped if spool else 0,
+            reason_at_end=spool.reason if spool else "",
         )
         accounts.append(ledger.account(known, doubt=doubt))
     return accounts

@@ -52,7 +52,8 @@ class Held(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 class Known(msgspec.Struct, kw_only=True):
     """All that is known of one process. `last_n` is the highest number that the bus took in,
-    `spooled` the events in its spool file that the bus has not, up to number `spooled_n`."""
+    `spooled` the events in its spool file that the bus has not, up to number `spooled_n`;
+    `dropped_at_end` is what it had lost in all, by an account that the bus has not taken in."""
 
     producer: str
     held: Held
@@ -63,6 +64,8 @@ class Known(msgspec.Struct, kw_only=True):
     unstored: int = 0
     spooled: int = 0
     spooled_n: int = 0
+    dropped_at_end: int = 0
+    reason_at_end: str = ""
 
 
 class Account(msgspec.Struct, kw_only=True):
@@ -142,7 +145,7 @@ def account(known: Known, *, doubt: int) -> Account:
     taken = held.stored + known.unstored + held.rejected + held.missing
     top = max(known.last_n, taken)
     highest = max(top + known.spooled, known.spooled_n, report.last_n)
-    dropped = max(report.dropped, held.dropped)
+    dropped = max(report.dropped, held.dropped, known.dropped_at_end)
     nowhere = highest - taken - known.spooled
     # What was dropped had a number, but for what found memory full.
     numbered = max(0, min(nowhere, dropped - (report.emitted - report.last_n)))
@@ -176,7 +179,7 @@ def account(known: Known, *, doubt: int) -> Account:
         unaccounted=unaccounted,
         overtaken=overtaken,
         undecided=undecided,
-        reason=held.reason,
+        reason=known.reason_at_end if known.dropped_at_end > held.dropped else held.reason,
     )
 
 
