@@ -10,11 +10,9 @@ from pathlib import Path
 import msgspec
 
 from collector.ledger import Account, Range
+from collector.seqs import Seqs, merged
 
 FILE = "audit-accepted.json"
-
-Seqs = list[tuple[int, int]]
-"""First and last of each range, in order, none touching another."""
 
 
 class Accepted(msgspec.Struct, kw_only=True, frozen=True):
@@ -116,13 +114,7 @@ def reconcile(
 
 
 def _seqs(ranges: Iterable[Range]) -> Seqs:
-    merged: Seqs = []
-    for first, last in sorted((r.first_seq, r.last_seq or 0) for r in ranges if r.events):
-        if merged and first <= merged[-1][1] + 1:
-            merged[-1] = merged[-1][0], max(merged[-1][1], last)
-        else:
-            merged.append((first, last))
-    return merged
+    return merged((r.first_seq, r.last_seq or 0) for r in ranges if r.events)
 
 
 def _within(seqs: Seqs, first: int, last: int) -> Seqs:
