@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from collector.ledger import Account, Range
+from collector.ledger import LEFT_OUT, Account, Range
 from collector.seqs import Seqs, merged
 
 FILE = "audit-accepted.json"
@@ -62,7 +62,7 @@ class Accepted(msgspec.Struct, kw_only=True, frozen=True):
                 news |= r.first_seq not in self.endless
             elif r.events:
                 covered = sum(b - a + 1 for a, b in _within(self.seqs, r.first_seq, r.last_seq))
-                known += min(covered, r.events)
+                known += min(covered, r.events) if r.kind != LEFT_OUT else 0
                 news |= covered <= r.last_seq - r.first_seq
         for account in accounts:
             for lost, accepted in (
