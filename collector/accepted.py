@@ -9,12 +9,10 @@ from pathlib import Path
 
 import msgspec
 
-from collector.ledger import Account, Range
+from collector.ledger import LEFT_OUT, Account, Range
+from collector.seqs import Seqs, merged
 
 FILE = "audit-accepted.json"
-
-Seqs = list[tuple[int, int]]
-"""First and last of each range, in order, none touching another."""
 
 
 class Accepted(msgspec.Struct, kw_only=True, frozen=True):
@@ -64,7 +62,7 @@ class Accepted(msgspec.Struct, kw_only=True, frozen=True):
                 news |= r.first_seq not in self.endless
             elif r.events:
                 covered = sum(b - a + 1 for a, b in _within(self.seqs, r.first_seq, r.last_seq))
-                known += min(covered, r.events)
+                known += min(covered, r.events) if r.kind != LEFT_OUT else 0
                 news |= covered <= r.last_seq - r.first_seq
         for account in accounts:
             for lost, accepted in (
@@ -116,13 +114,7 @@ def reconcile(
 
 
 def _seqs(ranges: Iterable[Range]) -> Seqs:
-    merged: Seqs = []
-    for first, last in sorted((r.first_seq, r.last_seq or 0) for r in ranges if r.events):
-        if merged and first <= merged[-1][1] + 1:
-            merged[-1] = merged[-1][0], max(merged[-1][1], last)
-        else:
-            merged.append((first, last))
-    return merged
+    return merged((r.first_seq, r.last_seq or 0) for r in ranges if r.events)
 
 
 def _within(seqs: Seqs, first: int, last: int) -> Seqs:

@@ -21,6 +21,7 @@ from collector.accepted import reconcile
 from collector.journal_view import JournalView, ProducerRow
 from collector.ledger import Account, Held, Known, Range
 from collector.reader import Reader
+from collector.seqs import Seqs
 from collector.spooled import Spooled, read_spools
 from collector.tally import Count, Tally, gaps, journal_losses
 from collector.wal import file_locks
@@ -37,7 +38,8 @@ CLOCK_SLACK_S = 1.0
 class Ledger(msgspec.Struct, kw_only=True):
     """The answer of `bitten audit`; docs/audit.md says what each count means.
 
-    `at_least` is true if nobody knows how much the journal lost besides. `accepted` of the lost
+    `at_least` is true if nobody knows how much the journal lost besides, as where `left_out` seqs
+    were not given out after a recovery. `accepted` of the lost
     events are known to the owner, `news` is true if there is a loss that is not.
     """
 
@@ -63,6 +65,7 @@ class Ledger(msgspec.Struct, kw_only=True):
     truncated: int
     gaps: int
     holes: int
+    left_out: int
     differing: int
     duplicates: int | None
     first_seq: int
@@ -130,7 +133,8 @@ def _compare(settings: Settings, client: Client | None, *, full: bool, accept: b
                     journal.runs(counted_from), journal.opaque_ids(counted_from)
                 )
                 told = journal_losses(reader.db)
-                ranges = [*gaps(reader.db, 1, stored_seq), *tally.faults]
+                left_out = ledger.left_out([*told, *journal.losses], journal.origin_seq)
+                ranges = [*gaps(reader.db, 1, stored_seq, left_out), *tally.faults]
         except apsw.Error as e:
             raise DatabaseError(
                 f"cannot read {settings.db}: {e}", hint=database.reading_hint(e)
@@ -140,13 +144,15 @@ def _compare(settings: Settings, client: Client | None, *, full: bool, accept: b
     if status and status["journal_id"] != journal.journal_id:
         status = None  # another home's
     vouched.save(settings.home, opening, journal.journal_id, tally)
-    ranges += _not_to_come(journal, stored_seq, told)
-    ranges.sort(key=lambda r: r.first_seq)
+    not_to_come = _not_to_come(journal, stored_seq, told)
     waiting = max(0, journal.last_seq - max(stored_seq, journal.first_seq - 1))
-    waiting -= sum(r.events for r in ranges if r.kind == "journal")
+    waiting -= sum(r.events for r in not_to_come)
+    ranges += [r for r in not_to_come if r.events or r.kind != ledger.LEFT_OUT]
+    ranges += _not_missed_yet(journal, stored_seq, left_out)
+    ranges.sort(key=lambda r: r.first_seq)
     accounts = _accounts(producers, dead, spools, tally, unstored)
     foreign = _foreign(tally, waiting - sum(unstored.values()))
-    by_ranges = sum(r.events for r in ranges)
+    by_ranges = sum(r.events for r in ranges if r.kind != ledger.LEFT_OUT)
     ledger.settle_missing(accounts, by_ranges - sum(a.missing for a in accounts))
     lost, verdict = ledger.verdict(accounts, ranges)
     try:
@@ -157,7 +163,10 @@ def _compare(settings: Settings, client: Client | None, *, full: bool, accept: b
             hint="run it as the owner of that directory",
         ) from e
     known, news = accepted.compare(accounts, ranges)
-    if known or accepted.endless:
+    at_least = any(r.last_seq is None or r.kind == ledger.LEFT_OUT for r in ranges)
+    if at_least and not news:
+        verdict += " (all of it known and accepted)"
+    elif known or accepted.endless:
         verdict += f" ({known} of them known and accepted)"
     total = ledger.total([*accounts, *foreign])
     return Ledger(
@@ -165,12 +174,13 @@ def _compare(settings: Settings, client: Client | None, *, full: bool, accept: b
         lost=lost,
         accepted=known,
         news=news,
-        at_least=any(r.last_seq is None for r in ranges),
+        at_least=at_least,
         waiting=total.in_memory + total.in_spool,
         **{name: getattr(total, name) for name in ledger.SUMMED if name != "processes"},
         truncated=tally.truncated,
         gaps=_events(ranges, "gap"),
         holes=_events(ranges, "hole"),
+        left_out=_events(ranges, ledger.LEFT_OUT),
         differing=_events(ranges, "differs"),
         duplicates=status["duplicates"] if status else None,
         first_seq=journal.first_seq,
@@ -185,20 +195,22 @@ def _compare(settings: Settings, client: Client | None, *, full: bool, accept: b
 
 
 def _not_to_come(journal: JournalView, stored_seq: int, told: list[Range]) -> list[Range]:
-    """What the journal lost; and what of it, or trimmed, the collector has yet to find missing."""
+    """What the journal lost, with how much of it is not a gap yet."""
     losses = {r.first_seq: r for r in told}
     for loss in journal.losses:
         r = losses.setdefault(loss.first_seq, loss)
         r.events = max(0, (loss.last_seq or 0) - max(stored_seq, loss.first_seq - 1))
-    ranges = list(losses.values())
+    return list(losses.values())
+
+
+def _not_missed_yet(journal: JournalView, stored_seq: int, left_out: Seqs) -> list[Range]:
+    """What is gone from the journal, and the collector has yet to find missing."""
     first, last = stored_seq + 1, journal.first_seq - 1
-    if first <= last:
-        reason = "the collector has not come to them yet"
-        count = last - first + 1
-        ranges.append(
-            Range(kind="gap", first_seq=first, last_seq=last, events=count, reason=reason)
-        )
-    return ranges
+    if first > last:
+        return []
+    reason = "the collector has not come to them yet"
+    gap = Range(kind="gap", first_seq=first, last_seq=last, reason=reason)
+    return ledger.tell_apart(gap, left_out)
 
 
 @contextlib.contextmanager
@@ -259,6 +271,8 @@ def _accounts(
             unstored=unstored.get(token, 0),
             spooled=spool.after(last_n) if spool else 0,
             spooled_n=spool.last_n if spool else 0,
+            dropped_at_end=spool.dropped if spool else 0,
+            reason_at_end=spool.reason if spool else "",
         )
         accounts.append(ledger.account(known, doubt=doubt))
     return accounts

@@ -70,7 +70,13 @@ def _print(found: Ledger, *, every: bool) -> None:
         print_table(
             ("seq", "events", "what", "found", "why"),
             [
-                (r, r.events, r.kind, "" if r.at is None else clock(r.at), r.reason)
+                (
+                    r,
+                    r.events,
+                    r.kind.replace("_", " "),
+                    "" if r.at is None else clock(r.at),
+                    r.reason,
+                )
                 for r in found.ranges
             ],
         )

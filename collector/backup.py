@@ -18,6 +18,7 @@ import msgspec
 
 from collector import manifest as m
 from collector.manifest import File, Manifest
+from collector.rotation import Kept, rotate
 from collector.verify import damaged, database_facts, journal_facts
 from event_bus import database
 from event_bus.errors import BackupError
@@ -36,6 +37,7 @@ class Backup(msgspec.Struct, frozen=True, kw_only=True):
     manifest: Manifest
     seconds: float = 0.0
     removed: list[Path] = []
+    kept: list[Kept] = []
 
 
 def make_backup(
@@ -43,7 +45,8 @@ def make_backup(
 ) -> Backup:
     """Back up database, journal, config.yaml and schemas into a new directory in `folder`.
 
-    `folder` defaults to `backup_dir`, where then all but the newest `backup_keep` are removed.
+    `folder` defaults to `backup_dir`, where then all but the newest `backup_keep` are removed, and
+    those that have events which no newer one has.
     Raises BackupError, or StartError if another process makes a backup there; then nothing is
     left behind and nothing is removed.
     """
@@ -66,10 +69,11 @@ def make_backup(
                 shutil.rmtree(part, ignore_errors=True)
                 raise
             sync(target)
-            removed = [] if folder else _prune(target, settings.backup_keep, path)
+            removed, kept = ([], []) if folder else rotate(target, settings.backup_keep, path)
         finally:
             lock.close()
-    return Backup(path=path, manifest=manifest, seconds=time.monotonic() - began, removed=removed)
+    seconds = time.monotonic() - began
+    return Backup(path=path, manifest=manifest, seconds=seconds, removed=removed, kept=kept)
 
 
 def _fill(part: Path, settings: Settings, made_at: float) -> Manifest:
@@ -198,17 +202,6 @@ def _free_name(folder: Path, moment: float) -> Path:
     while soon and m.name_at(moment) <= max(soon):
         moment += 1
     return folder / m.name_at(moment)
-
-
-def _prune(folder: Path, keep: int, made: Path) -> list[Path]:
-    """Remove all but the newest; never `made`, which a clock set back would call the oldest."""
-    others = [path for path in m.backups(folder) if path != made]
-    removed = others[: max(0, len(others) - (keep - 1))]
-    for path in removed:
-        # Under this name a removal that is cut short leaves no backup that looks whole.
-        part = path.rename(path.with_name(path.name + m.PART))
-        shutil.rmtree(part)
-    return removed
 
 
 @contextlib.contextmanager

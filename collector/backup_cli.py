@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -9,6 +10,8 @@ import click
 from collector.backup import Backup, make_backup
 from collector.manifest import Manifest, backups
 from collector.restore import check_backup, find_backup, restore, restore_config
+from collector.rotation import Kept
+from collector.seqs import count, text
 from event_bus.cli.output import clock, print_json, print_table
 from event_bus.settings import Settings
 
@@ -50,6 +53,8 @@ def backup(settings: Settings, to: Path | None, list_them: bool, as_json: bool) 
         click.echo(f"in neither database nor journal: seq {first} to {last} (see `bitten audit`)")
     if made.removed:
         click.echo(f"removed: {', '.join(path.name for path in made.removed)}")
+    for line in _kept(made.kept, settings):
+        click.echo(line)
     click.echo("not in it: keys/ and spool/")
 
 
@@ -109,6 +114,16 @@ def _list(paths: list[Path], *, as_json: bool) -> None:
         )
     else:
         click.echo("there is no backup yet", err=True)
+
+
+def _kept(kept: list[Kept], settings: Settings) -> Iterator[str]:
+    for old in kept:
+        yield (
+            f"kept beyond backup_keep ({settings.backup_keep}): {old.path.name} has"
+            f" {count(old.seqs)} events that no newer backup has (seq {text(old.seqs)}); to look at"
+            f" them: `bitten --home {settings.home}-old restore {old.path}`; if you do not need"
+            f" them: `rm -r {old.path}`"
+        )
 
 
 def _account(made: Backup) -> str:

@@ -20,6 +20,8 @@ log = logging.getLogger("bitten.backup")
 RETRY_S = 600.0
 NICENESS = 19
 STOP_S = 5.0
+KEPT = "kept beyond"
+"""How the lines begin in which `bitten backup` says which older ones it did not remove."""
 
 
 class BackupSchedule:
@@ -101,6 +103,9 @@ class BackupSchedule:
             self._fail(lines[-1].removeprefix("bitten: "), now)
             return
         log.info("backup made: %s", lines[0])
+        for line in lines:
+            if line.startswith(KEPT):
+                log.warning("%s", line)
         self.problem = ""
         self._due_at = now + self._settings.backup_interval_s
 

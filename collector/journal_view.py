@@ -10,6 +10,7 @@ from typing import Any
 import apsw
 import msgspec
 
+from collector import ledger
 from collector.ledger import Range, Report
 from event_bus import database
 from event_bus.errors import JournalError
@@ -105,7 +106,7 @@ class JournalView:
         if not self._row("SELECT count(*) FROM sqlite_master WHERE name = 'lost_range'")[0]:
             return []  # made by a bus of before
         return [
-            Range(kind="journal", first_seq=first, last_seq=last, at=at, reason=reason)
+            ledger.lost_by_journal(first, last, at, reason)
             for first, last, at, reason in self._db.execute(
                 "SELECT first_seq, last_seq, found_at, reason FROM lost_range"
             )

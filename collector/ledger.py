@@ -7,9 +7,13 @@ from typing import Annotated, Any
 
 import msgspec
 
+from collector.seqs import Seqs, merged, without
+from event_bus import journal_format
+
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
 MAX_SHOWN_RANGES = 20
+LEFT_OUT = "left_out"
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -52,7 +56,8 @@ class Held(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 class Known(msgspec.Struct, kw_only=True):
     """All that is known of one process. `last_n` is the highest number that the bus took in,
-    `spooled` the events in its spool file that the bus has not, up to number `spooled_n`."""
+    `spooled` the events in its spool file that the bus has not, up to number `spooled_n`;
+    `dropped_at_end` is what it had lost in all, by an account that the bus has not taken in."""
 
     producer: str
     held: Held
@@ -63,6 +68,8 @@ class Known(msgspec.Struct, kw_only=True):
     unstored: int = 0
     spooled: int = 0
     spooled_n: int = 0
+    dropped_at_end: int = 0
+    reason_at_end: str = ""
 
 
 class Account(msgspec.Struct, kw_only=True):
@@ -106,9 +113,10 @@ class Range(msgspec.Struct, kw_only=True):
     """Events `first_seq` to `last_seq`, of which `events` are not in the database as they should.
 
     `kind` is `gap` (gone from the journal before they were stored, and recorded), `hole` (not in
-    the database, and nothing says why), `differs` (stored as another event than the journal's) or
+    the database, and nothing says why), `differs` (stored as another event than the journal's),
     `journal` (lost by the journal: those that are not stored become a gap; without `last_seq`
-    nobody knows how many there were).
+    nobody knows how many there were) or `left_out` (not given out after a recovery of the journal:
+    most or all of them never were an event's, so that they do not count as lost).
     """
 
     kind: str
@@ -122,6 +130,35 @@ class Range(msgspec.Struct, kw_only=True):
         if self.first_seq == self.last_seq:
             return str(self.first_seq)
         return f"{self.first_seq}-{'?' if self.last_seq is None else self.last_seq}"
+
+
+def lost_by_journal(first_seq: int, last_seq: int | None, at: float | None, reason: str) -> Range:
+    kind = LEFT_OUT if reason.startswith(journal_format.LEFT_OUT) else "journal"
+    return Range(kind=kind, first_seq=first_seq, last_seq=last_seq, at=at, reason=reason)
+
+
+def left_out(losses: Iterable[Range], origin_seq: int) -> Seqs:
+    """What was left out, as journals told: by its range, or by where a journal began that follows
+    one of which nobody knows the end."""
+    ends = ((r, origin_seq - 1 if r.last_seq is None else r.last_seq) for r in losses)
+    return merged(
+        (r.first_seq, end)
+        for r, end in ends
+        if r.first_seq <= end and (r.kind == LEFT_OUT or r.last_seq is None)
+    )
+
+
+def tell_apart(r: Range, left_out: Seqs) -> list[Range]:
+    """A range as what of it was left out and the rest, as if nothing of it were stored."""
+    whole = [(r.first_seq, r.last_seq or r.first_seq)]
+    lost = without(whole, left_out)
+    kinds = [(r.kind, lost), (LEFT_OUT, without(whole, lost))]
+    pieces = [
+        msgspec.structs.replace(r, kind=kind, first_seq=a, last_seq=b, events=b - a + 1)
+        for kind, seqs in kinds
+        for a, b in seqs
+    ]
+    return sorted(pieces, key=lambda piece: piece.first_seq)
 
 
 SUMMED = (
@@ -142,7 +179,7 @@ def account(known: Known, *, doubt: int) -> Account:
     taken = held.stored + known.unstored + held.rejected + held.missing
     top = max(known.last_n, taken)
     highest = max(top + known.spooled, known.spooled_n, report.last_n)
-    dropped = max(report.dropped, held.dropped)
+    dropped = max(report.dropped, held.dropped, known.dropped_at_end)
     nowhere = highest - taken - known.spooled
     # What was dropped had a number, but for what found memory full.
     numbered = max(0, min(nowhere, dropped - (report.emitted - report.last_n)))
@@ -176,7 +213,7 @@ def account(known: Known, *, doubt: int) -> Account:
         unaccounted=unaccounted,
         overtaken=overtaken,
         undecided=undecided,
-        reason=held.reason,
+        reason=known.reason_at_end if known.dropped_at_end > held.dropped else held.reason,
     )
 
 
@@ -243,6 +280,12 @@ def verdict(accounts: Sequence[Account], ranges: Sequence[Range]) -> tuple[int, 
     endless = [str(r.first_seq) for r in ranges if r.last_seq is None]
     if endless:
         parts.append(f"an unknown number from seq {_some(endless)} on, lost with the journal")
+    spare = [r for r in ranges if r.kind == LEFT_OUT and str(r.first_seq) not in endless]
+    if any(r.events for r in spare):
+        parts.append(
+            f"perhaps some of seq {_some(str(r) for r in spare if r.events)}, which were left out"
+            " when the journal was recovered: most or all of them never were an event's"
+        )
     return lost, f"{lost} lost" + (f": {'; '.join(parts)}" if parts else "")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from collector.seqs import Seqs, merged
 from event_bus.errors import BackupError
 
 FORMAT = 1
@@ -40,24 +41,28 @@ class File(msgspec.Struct, frozen=True):
 
 class DatabaseFacts(msgspec.Struct, frozen=True, kw_only=True):
     """`events` are stored up to `last_seq`; `gaps` more are recorded there as gone from the
-    journal, and `holes` are missing without a record. `journal_id` is None before the first."""
+    journal, and `holes` are missing without a record. `journal_id` is None before the first.
+    `held` are the seqs of those stored, `last_event` is seq and id of the last of them."""
 
     journal_id: str | None
     last_seq: int
     events: int
     gaps: int
     holes: int
+    held: Seqs = []
+    last_event: tuple[int, str] | None = None
 
 
 class JournalFacts(msgspec.Struct, frozen=True, kw_only=True):
     """The journal goes from `first_seq` to `last_seq` and holds `events` of them; `lost` more are
-    damaged, which the database has or the bus has recorded as lost."""
+    damaged, which the database has or the bus has recorded as lost. `held` are their seqs."""
 
     journal_id: str
     first_seq: int
     last_seq: int
     events: int
     lost: int
+    held: Seqs = []
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +85,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     def last_seq(self) -> int:
         """The last event of the backup."""
         return max(part.last_seq for part in (self.database, self.journal) if part is not None)
+
+    @property
+    def held(self) -> Seqs:
+        """The seqs of all its events."""
+        parts = [part for part in (self.database, self.journal) if part is not None]
+        return merged(seqs for part in parts for seqs in part.held)
 
     @property
     def stored_seq(self) -> int:

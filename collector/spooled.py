@@ -1,4 +1,5 @@
-"""Which events lie in spool files, by the names of the files and the ids of the lines."""
+"""Which events lie in spool files, by the names of the files and the ids of the lines; and what
+processes that could not write theirs say that they lost."""
 
 from __future__ import annotations
 
@@ -8,17 +9,22 @@ from pathlib import Path
 import msgspec
 
 from event_bus import envelope
+from event_bus.last_loss import REASON, notes
 
 _ID = re.compile(rb'^\{"event_id":"[0-9a-f]{20}-([1-9][0-9]{0,17})"', re.MULTILINE)
+_LOSS = re.compile(rb'^\{"event_id":"[^"\\]*","event_type":"bridge_loss",.*\n', re.MULTILINE)
 _CHUNK_BYTES = 1 << 20
 
 
 class Spooled:
-    """The events of one file, as stretches of their numbers. `others` are lines without one."""
+    """The events of one file, as stretches of their numbers. `others` are lines without one,
+    `dropped` what its process says that it lost in all."""
 
     def __init__(self) -> None:
         self.stretches: list[tuple[int, int]] = []
         self.others = 0
+        self.dropped = 0
+        self.reason = ""
         self.source = ""
 
     @property
@@ -33,6 +39,8 @@ class Spooled:
 
     def add(self, lines: bytes) -> None:
         """Take in whole lines."""
+        for line in _LOSS.findall(lines):
+            self._lose(line)
         count = lines.count(b"\n")
         head, tail = _ID.match(lines), _ID.match(lines, lines.rfind(b"\n", 0, -1) + 1)
         if head and tail and int(tail[1]) - int(head[1]) == count - 1:
@@ -43,6 +51,20 @@ class Spooled:
         for n in numbers:
             self._extend(n, n)
 
+    def lose(self, total: int, reason: str) -> None:
+        """Take in what its process said."""
+        if total > self.dropped:
+            self.dropped, self.reason = total, reason
+
+    def _lose(self, line: bytes) -> None:
+        try:
+            data = envelope.decode_lines(line)[0].data
+        except (msgspec.DecodeError, UnicodeError):
+            return
+        total = data.get("dropped_total", data.get("dropped"))
+        if isinstance(total, int):
+            self.lose(total, str(data.get("reason", "")))
+
     def _extend(self, first: int, last: int) -> None:
         if self.stretches and self.stretches[-1][1] == first - 1:
             first = self.stretches.pop()[0]
@@ -50,13 +72,18 @@ class Spooled:
 
 
 def read_spools(directory: Path) -> dict[str, Spooled]:
-    """Process token to what its spool file holds. Files that vanish meanwhile were delivered."""
+    """Process token to what it left. Files that vanish meanwhile were delivered."""
     found: dict[str, Spooled] = {}
     for path in directory.glob("*.ndjson"):
         try:
             found[path.stem] = _read(path)
         except FileNotFoundError:
             continue
+    for note in notes(directory):
+        spooled = found.setdefault(note.producer, Spooled())
+        spooled.stretches.append((note.n, note.n))  # the event that will say so
+        spooled.lose(note.total, REASON)
+        spooled.source = spooled.source or note.source
     return found
 
 

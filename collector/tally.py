@@ -9,8 +9,9 @@ from typing import Any
 import apsw
 import msgspec
 
-from collector.ledger import Held, Range
+from collector.ledger import Held, Range, lost_by_journal, tell_apart
 from collector.reader import Reader
+from collector.seqs import Seqs
 
 CHUNK_EVENTS = 100_000
 """Counted in one statement: its sort fits the cache, and a hole is looked for in this many."""
@@ -232,20 +233,27 @@ class Count:
             self._tally.holds(token).missing += events
 
 
-def gaps(db: apsw.Connection, first: int, last: int) -> list[Range]:
-    """Recorded gaps that touch the range, with how many events in it they hide."""
+def gaps(db: apsw.Connection, first: int, last: int, left_out: Seqs | None = None) -> list[Range]:
+    """Recorded gaps that touch the range, with how many events in it they hide; what was
+    `left_out` as ranges of that kind."""
     columns = {row[1] for row in db.execute("PRAGMA table_info(_gap)")}
     reason = "reason" if "reason" in columns else "''"
-    return [
-        Range(kind="gap", first_seq=a, last_seq=b, events=events, at=at, reason=reason or "")
-        for a, b, at, reason, events in db.execute(
-            f"SELECT first_seq, last_seq, found_at, {reason},"
-            " min(last_seq, ?2) - max(first_seq, ?1) + 1 - (SELECT count(*) FROM _event"
-            "  WHERE seq BETWEEN max(first_seq, ?1) AND min(last_seq, ?2))"
-            " FROM _gap WHERE last_seq >= ?1 AND first_seq <= ?2 ORDER BY first_seq",
-            (first, last),
-        )
-    ]
+    found = []
+    rows: Any = db.execute(
+        f"SELECT first_seq, last_seq, found_at, {reason}"
+        " FROM _gap WHERE last_seq >= ?1 AND first_seq <= ?2 ORDER BY first_seq",
+        (first, last),
+    ).fetchall()
+    for a, b, at, why in rows:
+        gap = Range(kind="gap", first_seq=a, last_seq=b, at=at, reason=why or "")
+        found += tell_apart(gap, left_out or [])
+    for r in found:
+        within = max(r.first_seq, first), min(r.last_seq or last, last)
+        stored: Any = db.execute(
+            "SELECT count(*) FROM _event WHERE seq BETWEEN ? AND ?", within
+        ).fetchone()
+        r.events = max(0, within[1] - within[0] + 1 - stored[0])
+    return found
 
 
 def journal_losses(db: apsw.Connection) -> list[Range]:
@@ -253,7 +261,7 @@ def journal_losses(db: apsw.Connection) -> list[Range]:
     if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'journal_loss'").fetchone():
         return []
     return [
-        Range(kind="journal", first_seq=a, last_seq=b, at=at, reason=str(reason))
+        lost_by_journal(a, b, at, str(reason))
         for a, b, at, reason in db.execute(
             "SELECT l.first_seq, l.last_seq, e.timestamp, l.reason FROM journal_loss l"
             " JOIN _event e ON e.seq = l.seq ORDER BY l.first_seq"

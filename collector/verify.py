@@ -11,6 +11,7 @@ import apsw
 
 from collector.layout import LAST_SEQ, check_version
 from collector.manifest import DatabaseFacts, JournalFacts
+from collector.seqs import Seqs, merged
 from event_bus import database
 from event_bus.errors import BackupError
 from event_bus.journal_format import APPLICATION_ID, is_intact
@@ -32,13 +33,30 @@ def database_facts(path: Path, source: Path) -> DatabaseFacts:
         journal_id: Any = db.execute(
             "SELECT (SELECT value FROM _meta WHERE key = 'journal_id')"
         ).fetchone()
+        last_event: Any = db.execute(
+            "SELECT seq, event_id FROM events ORDER BY seq DESC LIMIT 1"
+        ).fetchone()
         return DatabaseFacts(
             journal_id=journal_id[0],
             last_seq=last_seq,
             events=events,
             gaps=gaps,
             holes=last_seq - events - gaps,
+            held=[(1, events)] if 0 < events == last_seq else _stretches(db),
+            last_event=last_event,
         )
+
+
+def _stretches(db: apsw.Connection) -> Seqs:
+    """The seqs of all events in a database."""
+    edges = (
+        db.execute(
+            "SELECT seq FROM _event AS e WHERE NOT EXISTS"
+            f" (SELECT 1 FROM _event WHERE seq = e.seq {side} 1) ORDER BY seq"
+        )
+        for side in "-+"
+    )
+    return [(first, last) for (first,), (last,) in zip(*edges, strict=True)]
 
 
 def journal_facts(path: Path, source: Path, *, stored_seq: int) -> JournalFacts:
@@ -53,6 +71,7 @@ def journal_facts(path: Path, source: Path, *, stored_seq: int) -> JournalFacts:
         meta: dict[Any, Any] = dict(db.execute("SELECT key, value FROM meta"))
         first_seq = next_seq = meta["trimmed_seq"] + 1
         events = damaged_end = 0
+        held = []
         excused = [(1, stored_seq), *_recorded(db)]
         for seq, count, received_at, crc, body in db.execute(
             "SELECT first_seq, count, received_at, crc32, body FROM batch ORDER BY first_seq"
@@ -63,6 +82,7 @@ def journal_facts(path: Path, source: Path, *, stored_seq: int) -> JournalFacts:
             _excuse(source, next_seq, seq - 1, excused)
             next_seq = seq + count
             events += count
+            held.append((seq, next_seq - 1))
         _excuse(source, next_seq, damaged_end, excused)
         last_seq = max([next_seq - 1, damaged_end, *(end for _, end in excused[1:])])
         return JournalFacts(
@@ -71,6 +91,7 @@ def journal_facts(path: Path, source: Path, *, stored_seq: int) -> JournalFacts:
             last_seq=last_seq,
             events=events,
             lost=last_seq - first_seq + 1 - events,
+            held=merged(held),
         )
 
 

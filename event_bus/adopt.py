@@ -8,6 +8,7 @@ import os
 import time
 from pathlib import Path
 
+from event_bus.last_loss import notes
 from event_bus.spool import open_locked
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,8 @@ STALE_AFTER_S = 60.0
 
 
 class SpoolAdopter:
-    """Reads spool files that nobody holds the lock of, chunk by chunk, and removes them.
+    """Reads spool files that nobody holds the lock of, chunk by chunk, and removes them; the notes
+    of what could not be spooled come after them, each as the event that it stands for.
 
     `read` gives a chunk; `done` when it is in the journal, or `rewind` when that failed.
     """
@@ -36,6 +38,7 @@ class SpoolAdopter:
         self._path = directory
         self._offset = 0
         self._fed = 0
+        self._note = b""
         self._left: set[Path] = set()
 
     @property
@@ -54,7 +57,8 @@ class SpoolAdopter:
 
     def _look(self) -> None:
         self._remove_half_made_copies()
-        for path in sorted(self._directory.glob("*.ndjson")):
+        told = {note.path: note for note in notes(self._directory)}
+        for path in [*sorted(self._directory.glob("*.ndjson")), *told]:
             if path in self._left:
                 continue
             try:
@@ -66,9 +70,10 @@ class SpoolAdopter:
                     raise
                 self._leave(path, e)
                 continue
-            if os.fstat(fd).st_size:
+            if path in told or os.fstat(fd).st_size:
                 log.info("adopting %s", path)
                 self._fd, self._path, self._offset, self._fed = fd, path, 0, 0
+                self._note = told[path].event() if path in told else b""
                 return
             path.unlink(missing_ok=True)
             os.close(fd)
@@ -89,6 +94,9 @@ class SpoolAdopter:
         """The next chunk of the file in hand; empty if there is none."""
         if self._fd < 0:
             return b""
+        if self._note:
+            self._fed = len(self._note)
+            return self._note
         try:
             chunk = os.pread(self._fd, self._chunk_bytes, self._offset)
             end = chunk.rfind(b"\n") + 1
@@ -109,7 +117,7 @@ class SpoolAdopter:
 
     def done(self) -> None:
         """The chunk that was read is on disk in the journal."""
-        if self._fd < 0:
+        if self._fd < 0 or (self._note and not self._fed):
             return
         self._offset += self._fed
         self._fed = 0
@@ -128,3 +136,4 @@ class SpoolAdopter:
             os.close(self._fd)
         self._fd = -1
         self._offset = self._fed = 0
+        self._note = b""

@@ -125,7 +125,7 @@ class Bridge:
         self.imports.release()
 
     def _after_fork_in_child(self) -> None:
-        self.outbox.spool.release()
+        self.outbox.release()
         if self.orphans is not None:
             self.orphans.let_go()
         self._reset()
@@ -417,9 +417,11 @@ class Bridge:
             self.lost += len(lines)
             problem = f"{len(lines)} events are lost as this process ends: {problem}"
         line = self._loss_line()
-        if line is not None:
-            report = [_with_id(line, self._next_id())]
-            self.lost += bool(outbox.spool_lines(report, over_limit=True))
+        if line is not None and not outbox.last_loss.add(line):
+            report = _with_id(line, self._next_id())
+            if outbox.spool_lines([report], over_limit=True) and not outbox.last_loss.make(report):
+                self.lost += 1
+                problem = f"{problem or 'the account of a loss is lost'}; nothing tells the bus"
         return problem
 
     def _next_id(self) -> str:

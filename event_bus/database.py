@@ -12,6 +12,7 @@ import apsw
 READ_ONLY = apsw.SQLITE_OPEN_READONLY
 READ_WRITE = apsw.SQLITE_OPEN_READWRITE
 BUSY_TIMEOUT_MS = 5_000
+_NO_ROOM = (apsw.SQLITE_IOERR_SHMSIZE, apsw.SQLITE_IOERR_SHMOPEN, apsw.SQLITE_IOERR_WRITE)
 
 
 def connect(
@@ -34,6 +35,8 @@ def reading_hint(error: Exception) -> str:
         return "it is damaged, or another file; `bitten doctor` says what to do"
     if isinstance(error, apsw.BusyError):
         return "end the other program's transaction"
+    if getattr(error, "extendedresult", 0) in _NO_ROOM:
+        return "make room on its disk: reading needs some kB beside the file"
     return "check the disk"
 
 

@@ -73,6 +73,11 @@ Run = tuple[Producer, int, int, int]
 """A producer's first n, last n, and the index of the first in its batch."""
 
 
+LEFT_OUT = "nobody knows whether there were any: these seqs are not given out"
+"""How the reason of a range begins that was left out at a recovery: most or all of it never was an
+event's."""
+
+
 class LostRange(msgspec.Struct, frozen=True):
     """Events that the journal had and has not any more. `last_seq` is None if nobody knows how
     many they were; `file` is where what is left of them was put, `told` whether the
@@ -86,8 +91,21 @@ class LostRange(msgspec.Struct, frozen=True):
     told: bool = False
 
     @property
+    def is_left_out(self) -> bool:
+        return self.reason.startswith(LEFT_OUT)
+
+    @property
     def events(self) -> int | None:
-        return None if self.last_seq is None else self.last_seq - self.first_seq + 1
+        """How many they are; None if nobody knows."""
+        if self.last_seq is None or self.is_left_out:
+            return None
+        return self.last_seq - self.first_seq + 1
+
+    def __str__(self) -> str:
+        until = self.last_seq or "an unknown end"
+        if self.is_left_out:
+            return f"seqs {self.first_seq} to {until} are left out: {self.reason}"
+        return f"events {self.first_seq} to {until} are lost: {self.reason}"
 
 
 def checksum(first_seq: int, count: int, received_at: float, body: bytes) -> int:

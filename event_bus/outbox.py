@@ -6,6 +6,7 @@ import threading
 from collections import deque
 
 from event_bus.errors import BittenError
+from event_bus.last_loss import LastLoss
 from event_bus.settings import Settings
 from event_bus.spool import Spool
 
@@ -24,6 +25,7 @@ class Outbox:
         self.lines: deque[bytes] = deque()
         self.size_bytes = 0
         self.spool = Spool(settings.spool / f"{token}.ndjson", settings.spool_max_bytes)
+        self.last_loss = LastLoss(settings.spool)
 
     def has_room(self, size: int) -> bool:
         return (
@@ -80,3 +82,8 @@ class Outbox:
             )
         except (OSError, BittenError) as e:
             return str(e)
+
+    def release(self) -> None:
+        """Let go of its files, leaving what they hold to the broker."""
+        self.spool.release()
+        self.last_loss.release()

@@ -24,7 +24,7 @@ from event_bus.carve import MAX_GROUP_EVENTS, MAX_SEQ, Carved, Pages, carve, rea
 from event_bus.errors import JournalDamaged, JournalError, JournalFailed
 from event_bus.journal import Journal
 from event_bus.journal_file import SUFFIXES
-from event_bus.journal_format import LostRange, Run
+from event_bus.journal_format import LEFT_OUT, LostRange, Run
 from event_bus.traces import last_known
 
 log = logging.getLogger(__name__)
@@ -186,19 +186,20 @@ def _go_on_after_what_was_read(
     if end <= journal.last_seq:
         return
     reason = f"it ends at {journal.last_seq}, but events up to {end} were read of it"
-    tail = _lost_tail(journal.last_seq, end, reason)
-    for first, last, why in tail:
-        log.error("%s: events %d to %d are lost: %s", journal.path, first, last, why)
+    losses = [
+        LostRange(first, last, clock(), why, journal.path.name)
+        for first, last, why in _lost_tail(journal.last_seq, end, reason)
+    ]
+    for loss in losses:
+        log.error("%s: %s", journal.path, loss)
     # At once: with the first of them alone, the next start would find nothing amiss.
-    journal.record_loss(
-        *(LostRange(first, last, clock(), why, journal.path.name) for first, last, why in tail)
-    )
+    journal.record_loss(*losses)
 
 
 def _lost_tail(last_seq: int, end: int, reason: str) -> list[tuple[int, int, str]]:
     """(first seq, last seq, reason) of what is lost after `last_seq`, of a journal that is known
     to have had `end`."""
-    spare = f"nobody knows whether there were any: these seqs are not given out; {reason}"
+    spare = f"{LEFT_OUT}; {reason}"
     tail = [(last_seq + 1, end, reason), (end + 1, end + SPARE_SEQS, spare)]
     return [lost for lost in tail if lost[0] <= lost[1]]
 
@@ -229,8 +230,7 @@ def _rebuild(
 
             def lose(first: int, last: int | None, why: str = reason) -> None:
                 for new in journal.record_loss(LostRange(first, last, clock(), why, aside.name)):
-                    until = new.last_seq or "an unknown end"
-                    log.error("events %d to %s are lost: %s", new.first_seq, until, why)
+                    log.error("%s", new)
 
             _copy(carved, pages, journal, lose)
             if journal.last_seq < proven:  # what was lost at its end, or damaged there

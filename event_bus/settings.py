@@ -213,6 +213,10 @@ def _config_file(path: Path) -> dict[str, _Line]:
         raise SettingsError(
             f"cannot read {path}: {e.strerror}", hint="use `bitten` as the user whose home it is"
         ) from e
+    except NotADirectoryError as e:
+        raise SettingsError(
+            f"{path.parent} is not a directory", hint="set BITTEN_HOME or --home to one"
+        ) from e
     except (OSError, UnicodeDecodeError) as e:
         raise SettingsError(f"cannot read {path}: {e}") from e
     import yaml  # only homes with a config.yaml pay for it

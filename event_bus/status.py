@@ -173,6 +173,8 @@ def _loss_facts(loss: LostRange) -> LossFacts:
         what = f"what followed event {loss.first_seq - 1}"
     elif loss.last_seq == loss.first_seq:
         what = f"event {loss.first_seq}"
+    elif loss.is_left_out:
+        what = f"perhaps some of seq {loss.first_seq} to {loss.last_seq}"
     else:
         what = f"events {loss.first_seq} to {loss.last_seq}"
     return LossFacts(what, loss.found_at, loss.reason, loss.file)

@@ -28,7 +28,7 @@ from event_bus.errors import DatabaseError, RejectedEvent
 from event_bus.event_schema import Registry
 from event_bus.intake import Intake, rejection
 from event_bus.journal import Journal
-from event_bus.journal_format import LostRange
+from event_bus.journal_format import LEFT_OUT, LostRange
 from event_bus.protocol import Client
 from event_bus.settings import Settings
 from event_bus.subscriber import Batch
@@ -501,6 +501,40 @@ def test_a_loss_of_unknown_length_is_never_called_none(books: Books) -> None:
     ledger = books.audit()
     assert (ledger.lost, ledger.at_least) == (0, True)
     assert ledger.verdict == "0 lost: an unknown number from seq 6 on, lost with the journal"
+
+
+def test_seqs_that_were_left_out_at_a_recovery_are_not_called_lost(books: Books) -> None:
+    books.publish(TOKEN, 5)
+    books.collect()
+    spare = LostRange(9, 1_008, 1_000.0, f"{LEFT_OUT}; it ends at 5", "journal.db")
+    for loss in (LostRange(6, 8, 1_000.0, "it ends at 5", "journal.db"), spare):
+        books.journal.record_loss(loss)
+    verdict = (
+        "(seq 6-8); perhaps some of seq 9-1008, which were left out when the journal was"
+        " recovered: most or all of them never were an event's"
+    )
+    before = books.audit()
+    assert shown(before) == [("journal", "6-8", 3), ("left_out", "9-1008", 1_000)]
+    assert before.verdict == f"3 lost: 3 lost by the journal and not stored {verdict}"
+    books.publish(TOKEN, 5)
+    assert (books.audit().unstored, books.audit().lost) == (5, 3)
+    books.store.record_gap(6, 1_008, books.journal.journal_id, "damaged")
+    books.store.write(
+        [
+            Batch(b.first_seq, b.received_at, list(envelope.decode_lines(b.body)))
+            for b in books.journal.read(1_009, 1 << 20)
+        ],
+        books.journal.journal_id,
+    )
+    after = books.audit()
+    assert [x for x in shown(after) if x[2]] == [("gap", "6-8", 3), ("left_out", "9-1008", 1_000)]
+    assert after.verdict == f"3 lost: 3 gone from the journal before they were stored {verdict}"
+    assert (after.lost, after.gaps, after.left_out, after.at_least) == (3, 3, 1_000, True)
+    assert after.news
+    accepted = books.audit(accept=True)
+    assert (accepted.news, accepted.accepted) == (False, 3)
+    assert accepted.verdict.endswith("(all of it known and accepted)")
+    assert not books.audit().news
 
 
 def test_another_database_is_not_vouched_for_by_an_old_mark(books: Books) -> None:

@@ -19,7 +19,7 @@ import pytest
 from conftest import System, wait_until
 from disks import small_disk
 
-from collector.backup_schedule import BackupSchedule
+from collector.backup_schedule import KEPT, BackupSchedule
 from collector.restore import restore
 from event_bus import database
 from event_bus.errors import BackupError
@@ -463,6 +463,54 @@ def test_oldest_backups_go_and_the_newest_stay(running: System, tmp_path: Path) 
     for _ in range(3):
         make(running, "--to", str(tmp_path / "to"))
     assert len(names(tmp_path / "to")) == 3
+
+
+def stop(*daemons: subprocess.Popen[str]) -> None:
+    for process in daemons:
+        process.terminate()
+        process.wait(20)
+
+
+def test_backup_that_has_what_newer_ones_lack_is_kept_and_named(system: System) -> None:
+    daemons = [system.start_bus(), system.start_collector()]
+    publish(system, 0, 10)
+    last = system.wait_stored()
+    whole = Path(make(system)["path"])
+    stop(*daemons)
+    for path in (system.settings.journal, system.db):
+        path.unlink()
+    system.start_bus()
+    system.start_collector()
+    publish(system, 10, 10)
+    system.wait_stored()
+    made = [Path(make(system)["path"]).name for _ in range(3)]
+    assert names(system.home / "backup") == [whole.name, *made[1:]]
+    done = system.bitten("backup")
+    (said,) = [x for x in done.stdout.splitlines() if x.startswith(KEPT)]
+    assert f"{whole.name} has {last} events that no newer backup has (seq 1-{last})" in said
+    assert f"rm -r {whole}" in said
+    shutil.rmtree(whole)
+    assert KEPT not in system.bitten("backup").stdout
+
+
+def test_backup_of_what_was_given_up_by_a_restore_is_kept(system: System, tmp_path: Path) -> None:
+    daemons = [system.start_bus(), system.start_collector()]
+    publish(system, 0, 10)
+    system.wait_stored()
+    older = Path(make(system, "--to", str(tmp_path / "to"))["path"])
+    publish(system, 10, 10)
+    system.wait_stored()
+    given_up = [Path(make(system)["path"]) for _ in range(2)]
+    stop(*daemons)
+    for path in (system.settings.journal, system.db):
+        path.unlink()
+    assert system.bitten("restore", str(older)).returncode == 0
+    system.start_bus()
+    system.start_collector()
+    publish(system, 20, 30)
+    system.wait_stored()
+    made = [Path(make(system)["path"]).name for _ in range(3)]
+    assert names(system.home / "backup") == [given_up[-1].name, *made[1:]]
 
 
 def test_collector_makes_backups_by_the_clock_and_tells_the_bus_if_it_cannot(

@@ -134,6 +134,9 @@ def test_start_on_a_full_disk_says_so_in_one_line_and_is_tried_again(tmp_path: P
         (complaint,) = done.stderr.splitlines()
         assert "no space left for" in complaint
         assert done.returncode == 5
+        done = system.bitten("audit")
+        assert done.returncode == 4
+        assert "make room on its disk" in done.stderr
         (disk / "ballast").unlink()
         system.start_bus()
         system.close()

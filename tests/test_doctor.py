@@ -40,6 +40,60 @@ def test_home_that_does_not_exist_is_told_how_to_begin(system: System) -> None:
     assert not system.home.exists()
 
 
+@pytest.fixture
+def ended(running: System) -> System:
+    """A home whose bus and collector ran, were audited and backed up, and ended."""
+    for command in ("audit", "backup"):
+        assert running.bitten(command).returncode == 0
+    for process in running.processes:
+        process.terminate()
+        process.wait(20)
+    return running
+
+
+def remove(system: System, *kept: str) -> None:
+    """Everything from a home but what is kept."""
+    for path in system.home.iterdir():
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("kept", "what", "command"),
+    [
+        (("backup", "audit.json", "spool"), "journal and database are gone from", "bitten restore"),
+        (("backup",), "journal and database are gone from", "bitten restore"),
+        (("audit.json",), "tells of events up to", "ls -la "),
+        (("bitten_events.db", "backup"), "the journal is gone: there is no", "bitten up"),
+        ((), "there is nothing in", "bitten up"),
+    ],
+)
+def test_home_whose_files_are_gone_is_told_what_to_do(
+    ended: System, kept: tuple[str, ...], what: str, command: str
+) -> None:
+    remove(ended, *kept)
+    done = ended.bitten("doctor")
+    assert done.returncode == 1
+    assert "this check failed" not in done.stdout
+    assert f"$    {command}" in done.stdout
+    finding = only(ended, "bus")
+    assert (finding.level, what in finding.what) == ("fault", True)
+    told = json.loads(ended.bitten("doctor", "--json").stdout)
+    (as_json,) = (f for f in told if f["check"] == "bus")
+    assert as_json["what"] == finding.what
+
+
+def test_home_that_is_misspelled_is_told_which_ones_there_are(ended: System) -> None:
+    wrong = ended.home.with_name("hoem")
+    done = ended.bitten("--home", str(wrong), "doctor")
+    assert f"there is nothing in {wrong} yet: there is no such directory" in done.stdout
+    assert f"a journal is in {ended.home}" in done.stdout
+    assert f"$    bitten --home {ended.home} doctor" in done.stdout
+    wrong.write_text("a file")
+    done = ended.bitten("--home", str(wrong), "doctor")
+    assert (done.returncode, f"settings: {wrong} is not a directory" in done.stdout) == (1, True)
+
+
 def test_settings_that_cannot_be_used_are_what_it_finds(system: System) -> None:
     system.settings.make_home()
     (system.home / "config.yaml").write_text("journal: big")

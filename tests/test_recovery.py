@@ -15,6 +15,7 @@ import pytest
 from disks import small_disk
 from system import System, wait_until
 
+from collector.audit import audit
 from event_bus import database
 from event_bus.carve import Pages, carve, read_batch
 from event_bus.errors import JournalDamaged, JournalError, JournalFailed, JournalFull
@@ -658,6 +659,7 @@ def test_recovery_goes_on_after_what_a_durable_consumer_has_read(
 
 PUBLISH = """
 import sys
+from collector.audit import audit
 from event_bus import event_bridge
 for i in range(int(sys.argv[1])):
     event_bridge.market_data({"symbol": "EURUSD", "bid": i + 1, "ask": i + 2})
@@ -684,6 +686,12 @@ def test_bus_started_without_its_wal_loses_no_acknowledged_event_unseen(system: 
     status = system.status()
     assert status is not None
     assert "journal_damaged" in [p["code"] for p in status["problems"]]
+    ledger = audit(system.settings)
+    assert (ledger.lost, ledger.left_out, ledger.at_least) == (0, SPARE_SEQS, True)
+    told = "SELECT first_seq, events FROM journal_loss ORDER BY first_seq"
+    assert system.sql(told)[-1][1] is None
+    assert system.bitten("audit").returncode == 1
+    assert system.bitten("audit", "--accept").returncode == 0
 
 
 def test_wal_removed_under_a_running_bus_costs_nothing_when_it_is_killed(system: System) -> None:

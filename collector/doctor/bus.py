@@ -12,8 +12,10 @@ from typing import Literal
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from collector.doctor import missing
 from collector.doctor.context import Context, quoted
 from collector.doctor.finding import CannotTell, Finding, fault, moment, ok, span, warning
+from collector.doctor.missing import Remains
 from collector.doctor.processes import Process, listeners, lock_owner
 from event_bus import keys
 from event_bus.errors import KeysError
@@ -42,10 +44,11 @@ COMMANDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Absence:
-    """What is known of a bus that does not answer: who holds the home's lock, who the port."""
+    """What is known of a bus that does not answer: who holds the home's lock, who the port, and
+    what `remains` in a home without a journal."""
 
     home: Path
-    is_begun: bool
+    remains: Remains | None
     is_client: bool
     url: str
     key_problem: str
@@ -61,7 +64,7 @@ def answers(context: Context) -> Iterator[Finding]:
         yield judge_absence(
             Absence(
                 home=settings.home,
-                is_begun=settings.journal.exists(),
+                remains=None if settings.journal.exists() else missing.look(context),
                 is_client=context.is_client,
                 url=settings.ingress_url,
                 key_problem=context.key_problem,
@@ -172,13 +175,8 @@ def judge_absence(facts: Absence) -> Finding:
             remedy="stop it, or give the bus another port with BITTEN_INGRESS_URL",
             command=f"ss -ltnp | grep ':{facts.url.rpartition(':')[2]} '",
         )
-    if not facts.is_begun:
-        return fault(
-            f"there is nothing in {facts.home} yet",
-            why="no bus was ever started with this home",
-            remedy="start bus and collector; with pm2: `pm2 start pm2_config.json`",
-            command=f"{facts.bitten} up",
-        )
+    if facts.remains is not None:
+        return missing.judge(facts.remains)
     return fault(
         "the bus is not running",
         why=f"nobody listens at {facts.url} and nobody holds {facts.home / 'bus.lock'}; {away}",

@@ -91,21 +91,46 @@ def _unreadable(problem: CannotTell, path: Path, mend: str) -> dict[str, str]:
 def _missing(context: Context) -> Iterator[Finding]:
     path = context.settings.db
     if Path(f"{path}-wal").exists():
+        wal = Path(f"{path}-wal")
+        has_journal = context.settings.journal.exists()
         yield fault(
             f"{path} was removed, but its -wal is still there",
             why="the last events are in that file, and the next database throws it away",
-            remedy="keep it; then start the collector, which fills a new database from the journal",
-            command=f"cp -p {quoted(Path(f'{path}-wal'))} {quoted(Path(f'{path}-wal'))}.kept",
+            remedy="keep it; then start the collector, which fills a new database from the journal"
+            if has_journal
+            else "move it aside and keep it: a backup cannot be brought back beside it",
+            command=f"{'cp -p' if has_journal else 'mv'} {quoted(wal)} {quoted(wal)}.kept",
         )
     elif not context.settings.journal.exists():
         raise CannotTell("there is no database yet")
+    elif (first_seq := _first_in_journal(context)) > 1:
+        yield fault(
+            f"there is no database at {path}",
+            why="the collector never ran with these settings, or the file was removed; the journal"
+            f" has only the events from {first_seq} on, those before are in backups at best",
+            remedy="put the file back, or bring it back from a backup; then start the collector:"
+            " it adds what the journal has",
+            command=f"{context.bitten} restore --only database",
+        )
     else:
         yield fault(
             f"there is no database at {path}",
-            why="the collector never ran with these settings, or the file was removed",
+            why="the collector never ran with these settings, or the file was removed; nothing is"
+            " lost: the journal has all events",
             remedy="start the collector: it fills a new one from the journal",
             command=f"{context.bitten} collect",
         )
+
+
+def _first_in_journal(context: Context) -> int:
+    """The first seq that the journal still has; 1 if it cannot say."""
+    try:
+        with context.reading(context.settings.journal) as db:
+            found = row(db, "SELECT value FROM meta WHERE key = 'trimmed_seq'")
+            origin = row(db, "SELECT value FROM meta WHERE key = 'origin_seq'")
+    except CannotTell:  # the journal's own check says so
+        return 1
+    return max(found[0] + 1 if found else 1, origin[0] if origin else 1)
 
 
 def _belongs(context: Context, journal_id: str | None, last: int) -> Iterator[Finding]:

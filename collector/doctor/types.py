@@ -6,12 +6,16 @@ import shlex
 from collections.abc import Iterator
 
 from collector.doctor.context import Context, quoted, rows
-from collector.doctor.finding import Finding, fault, ok, size, span, warning
+from collector.doctor.finding import CannotTell, Finding, fault, ok, size, span, warning
 from collector.doctor.history import DAY_S, History
 from event_bus.event_schema import Registry
+from event_bus.last_loss import REASON, notes
 
 NEW_S = DAY_S
 """A schema file younger than this may wait for its first event."""
+
+BOUNDS = ("spool full", "memory full")
+"""Reasons of a loss that more room for events takes away."""
 
 MAX_REFUSALS = 10_000
 _OF_THE_BUS = {"bridge_loss", "event_rejected", "journal_loss"}
@@ -88,22 +92,29 @@ def refused(context: Context) -> Iterator[Finding]:
 
 
 def dropped(context: Context) -> Iterator[Finding]:
-    """Losses that bridges announced in the last day."""
-    with context.reading(context.settings.db) as db:
-        history = History(db)
-        found = rows(
-            db,
-            "SELECT source, sum(dropped), reason FROM bridge_loss WHERE seq >= ?"
-            " GROUP BY source, reason ORDER BY seq",
-            history.seq_at(context.now - DAY_S),
-        )
+    """Losses that bridges announced in the last day, or that the bus has not heard of yet."""
+    found = [(note.source, note.dropped, REASON) for note in notes(context.settings.spool)]
+    try:
+        with context.reading(context.settings.db) as db:
+            history = History(db)
+            found += rows(
+                db,
+                "SELECT source, sum(dropped), reason FROM bridge_loss WHERE seq >= ?"
+                " GROUP BY source, reason ORDER BY seq",
+                history.seq_at(context.now - DAY_S),
+            )
+    except CannotTell:
+        if not found:
+            raise
     for source, events, reason in found:
+        allow = f" (BITTEN_SPOOL_MAX_BYTES, now {size(context.settings.spool_max_bytes)})"
         yield fault(
             f"{source or 'an unnamed source'} dropped {events} events in the last day",
             why=f"{reason}; they are gone",
-            remedy="keep the bus up, or allow more on disk (BITTEN_SPOOL_MAX_BYTES, now"
-            f" {size(context.settings.spool_max_bytes)})",
-            command=f"{context.bitten} audit",
+            remedy="keep the bus up, and "
+            + (f"allow more on disk{allow}" if reason in BOUNDS else "space on the home's disk"),
+            command=f"{context.bitten} audit"
+            + ("" if reason in BOUNDS else f"; df -h {quoted(context.settings.home)}"),
         )
     if not found:
         yield ok("no bridge has dropped events in the last day")
