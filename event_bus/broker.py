@@ -32,6 +32,7 @@ from event_bus.protocol import BatchHead, ErrorReply, FetchReply, FetchRequest
 from event_bus.recovery import mark_damaged, open_journal
 from event_bus.settings import Settings
 from event_bus.status import BrokerStatus
+from event_bus.unfinished import UnfinishedMessages
 from event_bus.watchdog import Watchdog
 from event_bus.zap import Zap, key_of
 
@@ -118,6 +119,7 @@ class Broker:
         self._waiting: dict[tuple[bytes, ...], _Waiting] = {}
         self._waiting_of: Counter[bytes] = Counter()
         self._status = BrokerStatus(self.intake, self._consumers, clock=clock, monotonic=monotonic)
+        self._unfinished = UnfinishedMessages(self.ingress_url, self._status.memory_bytes)
         self._housekeeping = Housekeeping(
             settings,
             self.intake,
@@ -127,6 +129,7 @@ class Broker:
             self._adopter,
             self._watchdog,
             self._lock,
+            self._unfinished,
             clock=clock,
             monotonic=monotonic,
         )
@@ -205,18 +208,19 @@ class Broker:
 
     def _drain(self) -> None:
         for _ in range(MAX_GROUP_MESSAGES):
-            rights: Rights | None = UNLIMITED
-            key = ""
             try:
-                if self._zap is None:
-                    frames = self._ingress.recv_multipart(zmq.NOBLOCK)
-                else:
-                    received = self._ingress.recv_multipart(zmq.NOBLOCK, copy=False)
-                    frames = [frame.bytes for frame in received]
-                    key = key_of(received[-1])
-                    rights = self._zap.rights(key)
+                peer = self._ingress.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
+            frame = self._ingress.recv(copy=False)  # it knows where it came from
+            rest = self._ingress.recv_multipart() if frame.more else []
+            frames = [peer, frame.bytes, *rest]
+            self._unfinished.heard(frame)
+            rights: Rights | None = UNLIMITED
+            key = ""
+            if self._zap is not None:
+                key = key_of(frame)
+                rights = self._zap.rights(key)
             # A REQ socket puts an empty frame first and wants it back.
             at = 2 if len(frames) > 2 and not frames[1] else 1
             verb, request_id, *arguments = [*frames[at:], b"", b""][: max(2, len(frames) - at)]

@@ -18,6 +18,7 @@ from event_bus.lock import FileLock
 from event_bus.recovery import put_back
 from event_bus.settings import Settings
 from event_bus.status import BrokerStatus
+from event_bus.unfinished import UnfinishedMessages
 from event_bus.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class Housekeeping:
         adopter: SpoolAdopter,
         watchdog: Watchdog,
         lock: FileLock,
+        unfinished: UnfinishedMessages,
         *,
         clock: Callable[[], float],
         monotonic: Callable[[], float],
@@ -54,6 +56,7 @@ class Housekeeping:
         self._adopter = adopter
         self._watchdog = watchdog
         self._lock = lock
+        self._unfinished = unfinished
         self._clock = clock
         self._monotonic = monotonic
         self._clock_ahead_s = clock() - monotonic()
@@ -72,6 +75,7 @@ class Housekeeping:
             self._consumers.pass_time(HEARTBEAT_S)
             self.probe_storage()
             self._status.keys_problem = self._live.apply_rights()
+            self._unfinished.look()
             self._look()
             self._live.publish_heartbeat(self._status.heartbeat())
             self._tell_losses()
