@@ -10,6 +10,7 @@ import msgspec
 from event_bus.adopt import SpoolAdopter
 from event_bus.consumers import Consumers
 from event_bus.errors import JournalError, JournalFull, SettingsError, StartError
+from event_bus.event_schema import JOURNAL_LOSS
 from event_bus.intake import Intake
 from event_bus.journal import DamagedBatch
 from event_bus.journal_format import LostRange
@@ -132,7 +133,7 @@ class Housekeeping:
             fields = msgspec.structs.asdict(loss) | {"events": loss.events}
             del fields["told"], fields["found_at"]
             self._intake.emit(
-                "journal_loss", {k: v for k, v in fields.items() if v not in (None, "")}
+                JOURNAL_LOSS, {k: v for k, v in fields.items() if v not in (None, "")}
             )
         self._intake.commit()
         self._journal.losses_are_told()

@@ -7,7 +7,6 @@ event is acknowledged only after the commit that holds it.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -15,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from event_bus import envelope
-from event_bus.envelope import Envelope
+from event_bus.envelope import NATIVE_ID, NATIVE_LINE, Envelope
 from event_bus.errors import JournalDamaged, JournalError, RejectedEvent
-from event_bus.event_schema import EventType, Registry
+from event_bus.event_schema import JOURNAL_LOSS, REJECTION, EventType, Registry
 from event_bus.journal import Journal
 from event_bus.journal_format import Producer, Run
-from event_bus.rejection import REJECTION, RawAllowance, rejection
+from event_bus.rejection import RawAllowance, rejection
 
 if TYPE_CHECKING:
     from event_bus.allow_list import Rights
@@ -29,8 +28,6 @@ SOURCE = "event_bus"
 TURN_S = 10.0
 MAX_BATCH_LINES = 20_000
 MAX_REPORT_BYTES = 4_096
-_FIRST_ID = re.compile(rb'\{"event_id":"([0-9a-f]{20})-([1-9][0-9]{0,17})"')
-_NATIVE_ID = re.compile(r"([0-9a-f]{20})-([1-9][0-9]{0,17})")
 
 
 class Refusal(msgspec.Struct, frozen=True):
@@ -120,7 +117,7 @@ class Intake:
         Both are sent again; taken in now, the newer would pass the older. An older one that does
         not come within TURN_S is not waited for.
         """
-        match = _FIRST_ID.match(batch) if self._refused else None
+        match = NATIVE_LINE.match(batch) if self._refused else None
         if match is None:
             return None
         token, first = match[1].decode(), int(match[2])
@@ -209,7 +206,7 @@ class Intake:
                     return False
         except KeyError:
             return False
-        match = _NATIVE_ID.fullmatch(events[0].event_id)
+        match = NATIVE_ID.fullmatch(events[0].event_id)
         if match is None:
             return False
         token, first = match[1], int(match[2])
@@ -298,7 +295,7 @@ class Intake:
             receipt.refusals.append(Refusal(index, str(e)))
             self._reject(line, e, event, rights)
             return None
-        native = _NATIVE_ID.fullmatch(event.event_id)
+        native = NATIVE_ID.fullmatch(event.event_id)
         producer = self.journal.producer(native[1]) if native else None
         if stored is not None:
             receipt.duplicates += 1
@@ -343,7 +340,7 @@ class Intake:
         if pending is not None:
             return pending
         forgotten_n = n = 0
-        native = _NATIVE_ID.fullmatch(event.event_id)
+        native = NATIVE_ID.fullmatch(event.event_id)
         if native is None:
             seq = self.journal.seq_of_opaque(event.event_id)
         else:
@@ -390,4 +387,4 @@ class Intake:
 
 def _is_own(event_type: EventType) -> bool:
     """Types that a client cannot publish."""
-    return event_type.storage.live_only or event_type.name == "journal_loss"
+    return event_type.storage.live_only or event_type.name == JOURNAL_LOSS

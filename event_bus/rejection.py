@@ -10,7 +10,6 @@ from typing import Any
 
 from event_bus.errors import RejectedEvent
 
-REJECTION = "event_rejected"
 MAX_RAW_BYTES_A_MINUTE = 64 << 10
 """Of one key, of what it may not publish at all."""
 

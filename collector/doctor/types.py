@@ -8,14 +8,12 @@ from collections.abc import Iterator
 from collector.doctor.context import Context, quoted, rows
 from collector.doctor.finding import Finding, fault, ok, size, span, warning
 from collector.doctor.history import DAY_S, History
-from event_bus.event_schema import Registry
+from event_bus.event_schema import OWN_TYPES, Registry
 
 NEW_S = DAY_S
 """A schema file younger than this may wait for its first event."""
 
 MAX_REFUSALS = 10_000
-_OF_THE_BUS = {"bridge_loss", "event_rejected", "journal_loss"}
-"""Types that are seen only when something goes wrong."""
 
 
 def never_seen(context: Context) -> Iterator[Finding]:
@@ -40,7 +38,7 @@ def never_seen(context: Context) -> Iterator[Finding]:
                 command=f"{context.bitten} schemas show {event_type.name};"
                 f" {context.bitten} query --type event_rejected --limit 3",
             )
-    unused = sorted(set(built_in) - _OF_THE_BUS)
+    unused = sorted(set(built_in) - set(OWN_TYPES))  # those tell of faults
     yield ok(f"built-in types never seen: {', '.join(unused) or 'none'}")
 
 
