@@ -9,9 +9,9 @@ from pathlib import Path
 import msgspec
 
 from event_bus import envelope
+from event_bus.envelope import NATIVE_LINE
 from event_bus.last_loss import REASON, notes
 
-_ID = re.compile(rb'^\{"event_id":"[0-9a-f]{20}-([1-9][0-9]{0,17})"', re.MULTILINE)
 _LOSS = re.compile(rb'^\{"event_id":"[^"\\]*","event_type":"bridge_loss",.*\n', re.MULTILINE)
 _CHUNK_BYTES = 1 << 20
 
@@ -42,11 +42,12 @@ class Spooled:
         for line in _LOSS.findall(lines):
             self._lose(line)
         count = lines.count(b"\n")
-        head, tail = _ID.match(lines), _ID.match(lines, lines.rfind(b"\n", 0, -1) + 1)
-        if head and tail and int(tail[1]) - int(head[1]) == count - 1:
-            self._extend(int(head[1]), int(tail[1]))
+        head = NATIVE_LINE.match(lines)
+        tail = NATIVE_LINE.match(lines, lines.rfind(b"\n", 0, -1) + 1)
+        if head and tail and int(tail[2]) - int(head[2]) == count - 1:
+            self._extend(int(head[2]), int(tail[2]))
             return
-        numbers = [int(n) for n in _ID.findall(lines)]
+        numbers = [int(n) for _, n in NATIVE_LINE.findall(lines)]
         self.others += count - len(numbers)
         for n in numbers:
             self._extend(n, n)

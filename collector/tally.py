@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,14 +11,13 @@ import msgspec
 from collector.ledger import Held, Range, lost_by_journal, tell_apart
 from collector.reader import Reader
 from collector.seqs import Seqs
+from event_bus.envelope import NATIVE_ID
 
 CHUNK_EVENTS = 100_000
 """Counted in one statement: its sort fits the cache, and a hole is looked for in this many."""
 
 MAX_FAULTS = 1_000
 """Ranges that are remembered. With more of them nothing is vouched for, and all is read again."""
-
-_NATIVE_ID = re.compile(r"([0-9a-f]{20})-([1-9][0-9]{0,17})")
 
 Run = tuple[str, int, int, int]
 """A producer's token, first and last n, and the seq of the first."""
@@ -271,5 +269,5 @@ def journal_losses(db: apsw.Connection) -> list[Range]:
 
 def _split(event_id: Any) -> tuple[str, int]:
     """Token and number of an id that names its process; ("", 0) of any other."""
-    native = _NATIVE_ID.fullmatch(event_id) if isinstance(event_id, str) else None
+    native = NATIVE_ID.fullmatch(event_id) if isinstance(event_id, str) else None
     return (native[1], int(native[2])) if native else ("", 0)

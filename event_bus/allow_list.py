@@ -24,15 +24,12 @@ import yaml
 
 from event_bus import envelope
 from event_bus.errors import KeysError
-from event_bus.event_schema import TOPIC_PREFIX, Registry
+from event_bus.event_schema import ACCOUNTS, TOPIC_PREFIX, Registry
 from event_bus.keys import KEY_CHARACTERS, check_name, is_public_key
 
 FILE = "allowed.yaml"
 MAX_BYTES = 1 << 20
 ALWAYS_READABLE = "heartbeat"
-ALWAYS_PUBLISHABLE = ("bridge_loss", "event_rejected")
-"""A bridge's own accounts of what it dropped and refused."""
-
 _MAX_KNOWN = 10_000
 _PATTERN = re.compile(r"[^\x00-\x20\x7f]{1,255}")
 _FIELDS = ("public_key", "publish", "subscribe")
@@ -58,7 +55,7 @@ class Rights:
 
     def may_publish(self, event_type: str) -> bool:
         return any(fnmatchcase(event_type, p) for p in self.publish) or (
-            bool(self.publish) and event_type in ALWAYS_PUBLISHABLE
+            bool(self.publish) and event_type in ACCOUNTS
         )
 
     def may_read(self, topic: str) -> bool:

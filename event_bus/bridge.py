@@ -19,7 +19,7 @@ import msgspec
 from event_bus import envelope
 from event_bus.envelope import MAX_EVENT_BYTES, Envelope
 from event_bus.errors import RejectedEvent
-from event_bus.event_schema import Registry
+from event_bus.event_schema import BRIDGE_LOSS, OWN_TYPES, REJECTION, Registry
 from event_bus.outbox import Outbox
 from event_bus.plain import (
     as_rejection,
@@ -50,7 +50,6 @@ BATCH_EVENTS = 2_000
 BATCH_BYTES = 512 << 10
 
 _NO_ID = b'{"event_id":"-",'
-_OWN_TYPES = ("event_rejected", "bridge_loss", "journal_loss")
 
 _correlation: ContextVar[str | None] = ContextVar("bitten_correlation", default=None)
 
@@ -190,7 +189,7 @@ class Bridge:
         if event_type not in self.registry.types:
             self.unknown_type = True  # its schema may be new: the delivery thread looks
         known = self.registry.get(event_type)
-        if known.storage.live_only or event_type in _OWN_TYPES:
+        if known.storage.live_only or event_type in OWN_TYPES:
             raise RejectedEvent(
                 f"{event_type} is the bus's own", rule="event_type", path="event_type"
             )
@@ -267,7 +266,7 @@ class Bridge:
             "last_at": loss.last_at,
         }
         fields = {"timestamp": time.time(), "source": self.source}
-        return _encode_event("bridge_loss", data, fields)
+        return _encode_event(BRIDGE_LOSS, data, fields)
 
     def report_loss(self) -> None:
         line = self._loss_line()
@@ -298,7 +297,7 @@ class Bridge:
             account["raw"] = base64.b64encode(raw[:MAX_RAW_BYTES]).decode()
             account["raw_bytes"] = len(raw)
             own_fields = {"timestamp": time.time(), "source": self.source}
-            self._append(_encode_event("event_rejected", account, own_fields))
+            self._append(_encode_event(REJECTION, account, own_fields))
         except Exception as e:  # noqa: BLE001 - a refusal must not hurt the caller either
             self.warn("refuse", f"an event was refused, and its account failed: {as_text(e)}")
 

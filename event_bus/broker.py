@@ -32,6 +32,7 @@ from event_bus.protocol import BatchHead, ErrorReply, FetchReply, FetchRequest
 from event_bus.recovery import mark_damaged, open_journal
 from event_bus.settings import Settings
 from event_bus.status import BrokerStatus
+from event_bus.unfinished import UnfinishedMessages
 from event_bus.watchdog import Watchdog
 from event_bus.zap import Zap, key_of
 
@@ -118,6 +119,7 @@ class Broker:
         self._waiting: dict[tuple[bytes, ...], _Waiting] = {}
         self._waiting_of: Counter[bytes] = Counter()
         self._status = BrokerStatus(self.intake, self._consumers, clock=clock, monotonic=monotonic)
+        self._unfinished = UnfinishedMessages(self.ingress_url, self._status.memory_bytes)
         self._housekeeping = Housekeeping(
             settings,
             self.intake,
@@ -127,6 +129,7 @@ class Broker:
             self._adopter,
             self._watchdog,
             self._lock,
+            self._unfinished,
             clock=clock,
             monotonic=monotonic,
         )
@@ -205,18 +208,19 @@ class Broker:
 
     def _drain(self) -> None:
         for _ in range(MAX_GROUP_MESSAGES):
-            rights: Rights | None = UNLIMITED
-            key = ""
             try:
-                if self._zap is None:
-                    frames = self._ingress.recv_multipart(zmq.NOBLOCK)
-                else:
-                    received = self._ingress.recv_multipart(zmq.NOBLOCK, copy=False)
-                    frames = [frame.bytes for frame in received]
-                    key = key_of(received[-1])
-                    rights = self._zap.rights(key)
+                peer = self._ingress.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
+            frame = self._ingress.recv(copy=False)  # it knows where it came from
+            rest = self._ingress.recv_multipart() if frame.more else []
+            frames = [peer, frame.bytes, *rest]
+            self._unfinished.heard(frame)
+            rights: Rights | None = UNLIMITED
+            key = ""
+            if self._zap is not None:
+                key = key_of(frame)
+                rights = self._zap.rights(key)
             # A REQ socket puts an empty frame first and wants it back.
             at = 2 if len(frames) > 2 and not frames[1] else 1
             verb, request_id, *arguments = [*frames[at:], b"", b""][: max(2, len(frames) - at)]
@@ -228,13 +232,15 @@ class Broker:
                     f"a request id has up to {MAX_REQUEST_ID_BYTES} bytes, not {len(request_id)}",
                 )
             elif rights is None:
-                self._fail(route, "forbidden", "this key is not allowed any more")
+                self._forbid(route, key, "this key is not allowed any more")
+            elif verb == protocol.PUBLISH and not rights.publish:
+                self._forbid(route, key, f"the key {rights.name} may publish nothing")
             elif verb == protocol.PUBLISH and arguments:
                 self._take(route, arguments, rights)
             elif verb == protocol.FETCH and arguments:
                 self._fetch(route, arguments[0], key, rights)
             elif verb in (protocol.STATUS, protocol.FORGET) and not rights.reads_all:
-                self._fail(route, "forbidden", f"{verb.decode()} needs the right to read all")
+                self._forbid(route, key, f"{verb.decode()} needs the right to read all")
             elif verb == protocol.STATUS:
                 self._reply(route, protocol.STATUS, _encode(self.status()))
             elif verb == protocol.FORGET and arguments:
@@ -257,8 +263,7 @@ class Broker:
         report = arguments[1].decode("utf-8", "replace") if len(arguments) > 1 else None
         receipt = Receipt()
         self._receipts.append((route, receipt))
-        may_publish = None if rights.publishes_all else rights.may_publish
-        taken = self.intake.take(arguments[0], report, may_publish)
+        taken = self.intake.take(arguments[0], report, None if rights.publishes_all else rights)
         self._receipts[-1] = (route, taken)
 
     def _fetch(self, route: list[bytes], body: bytes, key: str, rights: Rights) -> None:
@@ -268,7 +273,7 @@ class Broker:
             self._fail(route, "bad_request", f"fetch: {e}")
             return
         if request.consumer and not rights.reads_all:
-            self._fail(route, "forbidden", "a durable consumer needs the right to read all")
+            self._forbid(route, key, "a durable consumer needs the right to read all")
             return
         from_seq = request.from_seq
         if from_seq is None:
@@ -343,7 +348,7 @@ class Broker:
     def _answer(self, waiting: _Waiting) -> None:
         rights = UNLIMITED if self._zap is None else self._zap.rights(waiting.key)
         if rights is None:
-            self._fail(waiting.route, "forbidden", "this key is not allowed any more")
+            self._forbid(waiting.route, waiting.key, "this key is not allowed any more")
             return
         try:
             batches = self.journal.read(waiting.from_seq, waiting.max_bytes)
@@ -375,6 +380,11 @@ class Broker:
         error = ErrorReply(code=code, message=message, first_seq=first_seq)
         self._reply(route, protocol.ERROR, _encode(error))
 
+    def _forbid(self, route: list[bytes], key: str, message: str) -> None:
+        if self._zap is not None:
+            self._zap.door.forbid(key, message)
+        self._fail(route, "forbidden", message)
+
     def _refuse_group(self, error: JournalError) -> None:
         """Nothing of the group is on disk: tell its senders, and go on only if the disk is full."""
         self._adopter.rewind()
@@ -395,4 +405,5 @@ class Broker:
             "events_url": self.events_url,
             "ingress_url": self.ingress_url,
             "subscriptions": self._live.subscriptions,
+            "forbidden": dict(self._zap.door.forbidden) if self._zap is not None else {},
         }

@@ -9,7 +9,6 @@ be had otherwise.
 from __future__ import annotations
 
 import os
-import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from event_bus.envelope import PRODUCER
 from event_bus.journal_format import PAGE_BYTES, Batch, LostRange, Producer, is_intact
 
 MAX_PAYLOAD_BYTES = 64 << 20
@@ -31,7 +31,6 @@ _META_PAGE = 2
 
 _TABLE_LEAF, _INDEX_LEAF, _INDEX_INNER = 0x0D, 0x0A, 0x02
 _WAL_HEADER_BYTES, _FRAME_HEADER_BYTES = 32, 24
-_TOKEN = re.compile(r"[0-9a-f]{20}")
 _INT_BYTES = (0, 1, 2, 3, 4, 6, 8)
 
 _Broken = (IndexError, ValueError, struct.error)
@@ -136,7 +135,7 @@ def _take_row(carved: Carved, rowid: int, record: list[Any], place: tuple[int, i
         else:
             count = record[1] if 0 < record[1] <= MAX_GROUP_EVENTS else 0
             carved.claims[rowid] = max(count, carved.claims.get(rowid, 0))
-    elif len(record) == 6 and isinstance(record[1], str) and _TOKEN.fullmatch(record[1]):
+    elif len(record) == 6 and isinstance(record[1], str) and PRODUCER.fullmatch(record[1]):
         _, token, last_n, forgotten_n, last_seen, report = record
         known = carved.producers.get(token)
         if (

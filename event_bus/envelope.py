@@ -58,6 +58,15 @@ decode_lines = _decoder.decode_lines
 decode_readable_lines = msgspec.json.Decoder(Envelope | None).decode_lines
 """The same of a batch with `null` for events that one may not read."""
 
+PRODUCER = re.compile(r"[0-9a-f]{20}")
+"""What `new_producer` makes."""
+
+NATIVE_ID = re.compile(rf"({PRODUCER.pattern})-([1-9][0-9]{{0,17}})")
+"""An id that `new_producer` documents: its producer and its n."""
+
+NATIVE_LINE = re.compile(rb'^\{"event_id":"%b"' % NATIVE_ID.pattern.encode(), re.MULTILINE)
+"""The beginning of a canonical line with such an id."""
+
 _DIGITS_AS_ZERO = bytes.maketrans(b"123456789", b"000000000")
 _LONG_NUMBER = b"0" * 19
 

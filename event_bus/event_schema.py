@@ -15,6 +15,15 @@ from event_bus.errors import RejectedEvent, SchemaError
 
 TOPIC_PREFIX = "bitten."
 MAX_KEY_CHARACTERS = 255
+REJECTION = "event_rejected"
+BRIDGE_LOSS = "bridge_loss"
+JOURNAL_LOSS = "journal_loss"
+ACCOUNTS = (REJECTION, BRIDGE_LOSS)
+"""What a bridge says of itself."""
+
+OWN_TYPES = (*ACCOUNTS, JOURNAL_LOSS)
+"""Stored, and made by bus and bridges alone: no caller emits them."""
+
 _TYPE_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 _COLUMN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 _OWN_COLUMNS = {"seq", "created_at", "received_at"}

@@ -10,6 +10,7 @@ import msgspec
 from event_bus.adopt import SpoolAdopter
 from event_bus.consumers import Consumers
 from event_bus.errors import JournalError, JournalFull, SettingsError, StartError
+from event_bus.event_schema import JOURNAL_LOSS
 from event_bus.intake import Intake
 from event_bus.journal import DamagedBatch
 from event_bus.journal_format import LostRange
@@ -18,6 +19,7 @@ from event_bus.lock import FileLock
 from event_bus.recovery import put_back
 from event_bus.settings import Settings
 from event_bus.status import BrokerStatus
+from event_bus.unfinished import UnfinishedMessages
 from event_bus.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ class Housekeeping:
         adopter: SpoolAdopter,
         watchdog: Watchdog,
         lock: FileLock,
+        unfinished: UnfinishedMessages,
         *,
         clock: Callable[[], float],
         monotonic: Callable[[], float],
@@ -54,6 +57,7 @@ class Housekeeping:
         self._adopter = adopter
         self._watchdog = watchdog
         self._lock = lock
+        self._unfinished = unfinished
         self._clock = clock
         self._monotonic = monotonic
         self._clock_ahead_s = clock() - monotonic()
@@ -72,6 +76,7 @@ class Housekeeping:
             self._consumers.pass_time(HEARTBEAT_S)
             self.probe_storage()
             self._status.keys_problem = self._live.apply_rights()
+            self._unfinished.look()
             self._look()
             self._live.publish_heartbeat(self._status.heartbeat())
             self._tell_losses()
@@ -128,7 +133,7 @@ class Housekeeping:
             fields = msgspec.structs.asdict(loss) | {"events": loss.events}
             del fields["told"], fields["found_at"]
             self._intake.emit(
-                "journal_loss", {k: v for k, v in fields.items() if v not in (None, "")}
+                JOURNAL_LOSS, {k: v for k, v in fields.items() if v not in (None, "")}
             )
         self._intake.commit()
         self._journal.losses_are_told()

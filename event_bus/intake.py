@@ -7,28 +7,27 @@ event is acknowledged only after the commit that holds it.
 
 from __future__ import annotations
 
-import base64
-import re
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from event_bus import envelope
-from event_bus.envelope import Envelope
+from event_bus.envelope import NATIVE_ID, NATIVE_LINE, Envelope
 from event_bus.errors import JournalDamaged, JournalError, RejectedEvent
-from event_bus.event_schema import EventType, Registry
+from event_bus.event_schema import JOURNAL_LOSS, REJECTION, EventType, Registry
 from event_bus.journal import Journal
 from event_bus.journal_format import Producer, Run
+from event_bus.rejection import RawAllowance, rejection
+
+if TYPE_CHECKING:
+    from event_bus.allow_list import Rights
 
 SOURCE = "event_bus"
-REFUSAL = "event_rejected"
 TURN_S = 10.0
 MAX_BATCH_LINES = 20_000
 MAX_REPORT_BYTES = 4_096
-_FIRST_ID = re.compile(rb'\{"event_id":"([0-9a-f]{20})-([1-9][0-9]{0,17})"')
-_NATIVE_ID = re.compile(r"([0-9a-f]{20})-([1-9][0-9]{0,17})")
 
 
 class Refusal(msgspec.Struct, frozen=True):
@@ -71,6 +70,7 @@ class Intake:
         self._n = 0
         self._checks: dict[str, Callable[[Any], bool]] = {}
         self._safe_totals = Receipt()
+        self._allowance = RawAllowance()
         self._learn()
         # A producer's token to the first n that was refused, and how long it has its turn.
         self._refused: dict[str, tuple[int, float]] = {}
@@ -85,13 +85,12 @@ class Intake:
         self,
         batch: bytes,
         report: str | None = None,
-        may_publish: Callable[[str], bool] | None = None,
+        rights: Rights | None = None,
     ) -> Receipt:
         """Take in one batch of newline-delimited JSON. It is on disk only after `commit`.
 
-        `report` is the producer's account of itself, kept with the journal's. `may_publish` says
-        which event types its key may publish (default: all). Raises JournalError when the journal
-        cannot be read.
+        `report` is the producer's account of itself, kept with the journal's. `rights` are those
+        of its key (default: to publish all). Raises JournalError when the journal cannot be read.
         """
         receipt = Receipt()
         if report is not None and len(report) > MAX_REPORT_BYTES:
@@ -100,12 +99,12 @@ class Intake:
             self._refuse_whole(batch, receipt)
         else:
             events = envelope.decode_canonical(batch)
-            if events and may_publish and not all(may_publish(e.event_type) for e in events):
+            if events and rights and not all(rights.may_publish(e.event_type) for e in events):
                 events = None
             if events and self._take_whole(batch, events, report):
                 receipt.accepted = len(events)
             else:
-                self._take_lines(batch, report, receipt, may_publish)
+                self._take_lines(batch, report, receipt, rights)
         self.totals.accepted += receipt.accepted
         self.totals.duplicates += receipt.duplicates
         self.totals.rejected += receipt.rejected
@@ -118,7 +117,7 @@ class Intake:
         Both are sent again; taken in now, the newer would pass the older. An older one that does
         not come within TURN_S is not waited for.
         """
-        match = _FIRST_ID.match(batch) if self._refused else None
+        match = NATIVE_LINE.match(batch) if self._refused else None
         if match is None:
             return None
         token, first = match[1].decode(), int(match[2])
@@ -190,7 +189,7 @@ class Intake:
 
     def _learn(self) -> None:
         known = {t.name: t.is_valid for t in self.registry if not _is_own(t)}
-        known.pop(REFUSAL, None)  # these are looked at one by one: a client's may not be the bus's
+        known.pop(REJECTION, None)  # looked at one by one: a client's may not be the bus's
         self._checks.update(known)
 
     def _producer(self, token: str, last_n: int) -> Producer:
@@ -207,7 +206,7 @@ class Intake:
                     return False
         except KeyError:
             return False
-        match = _NATIVE_ID.fullmatch(events[0].event_id)
+        match = NATIVE_ID.fullmatch(events[0].event_id)
         if match is None:
             return False
         token, first = match[1], int(match[2])
@@ -233,14 +232,14 @@ class Intake:
         batch: bytes,
         report: str | None,
         receipt: Receipt,
-        may_publish: Callable[[str], bool] | None,
+        rights: Rights | None,
     ) -> None:
         lines = batch.split(b"\n")
         if not lines[-1]:
             lines.pop()
         reporter = None
         for index, line in enumerate(lines):
-            reporter = self._take_line(line, index, receipt, may_publish) or reporter
+            reporter = self._take_line(line, index, receipt, rights) or reporter
         if reporter is not None and report is not None:
             reporter.report = report
 
@@ -254,20 +253,20 @@ class Intake:
         )
         receipt.rejected = count + (not batch.endswith(b"\n"))
         receipt.refusals.append(Refusal(0, str(error)))
-        self._reject(batch, error, None)
+        self._reject(batch, error)
 
     def _take_line(
         self,
         line: bytes,
         index: int,
         receipt: Receipt,
-        may_publish: Callable[[str], bool] | None,
+        rights: Rights | None,
     ) -> Producer | None:
         """Take one line in, or count what is wrong with it; returns the producer of a native id."""
         event = None
         try:
             event = envelope.read(line)
-            if may_publish is not None and not may_publish(event.event_type):
+            if rights is not None and not rights.may_publish(event.event_type):
                 raise RejectedEvent(
                     f"this key may not publish {event.event_type}",
                     rule="rights",
@@ -294,9 +293,9 @@ class Intake:
             else:
                 receipt.rejected += 1
             receipt.refusals.append(Refusal(index, str(e)))
-            self._reject(line, e, event)
+            self._reject(line, e, event, rights)
             return None
-        native = _NATIVE_ID.fullmatch(event.event_id)
+        native = NATIVE_ID.fullmatch(event.event_id)
         producer = self.journal.producer(native[1]) if native else None
         if stored is not None:
             receipt.duplicates += 1
@@ -325,7 +324,7 @@ class Intake:
                 path="event_type",
                 value=name,
             )
-        if name == REFUSAL and event.source == SOURCE:
+        if name == REJECTION and event.source == SOURCE:
             raise RejectedEvent(
                 f"{name} of source {SOURCE} is published by the bus alone",
                 rule="source",
@@ -341,7 +340,7 @@ class Intake:
         if pending is not None:
             return pending
         forgotten_n = n = 0
-        native = _NATIVE_ID.fullmatch(event.event_id)
+        native = NATIVE_ID.fullmatch(event.event_id)
         if native is None:
             seq = self.journal.seq_of_opaque(event.event_id)
         else:
@@ -369,28 +368,23 @@ class Intake:
             self._split = batch, batch.split(b"\n")
         return self._split[1][index]
 
-    def _reject(self, line: bytes, error: RejectedEvent, event: Envelope | None) -> None:
-        self.emit(REFUSAL, rejection(line, error, event))
+    def _reject(
+        self,
+        line: bytes,
+        error: RejectedEvent,
+        event: Envelope | None = None,
+        rights: Rights | None = None,
+    ) -> None:
+        kept = None
+        if rights is not None and error.rule == "rights":
+            kept = self._allowance.spend(rights.public_key, len(line))
+        named = {}
+        if event is not None:
+            named = {"event_type": event.event_type, "event_id": event.event_id}
+            named["source"] = event.source or ""
+        self.emit(REJECTION, rejection(line, error, **named, max_raw_bytes=kept))
 
 
 def _is_own(event_type: EventType) -> bool:
     """Types that a client cannot publish."""
-    return event_type.storage.live_only or event_type.name == "journal_loss"
-
-
-def rejection(raw: bytes, error: RejectedEvent, event: Envelope | None = None) -> dict[str, Any]:
-    """Data of an `event_rejected`: the raw bytes and the reason."""
-    fields = {
-        "reason": str(error),
-        "rule": error.rule,
-        "path": error.path,
-        "value": error.value,
-        "event_type": event.event_type if event else "",
-        "event_id": event.event_id if event else "",
-        "source": event.source if event and event.source is not msgspec.UNSET else "",
-    }
-    return {
-        **{name: value for name, value in fields.items() if value},
-        "raw": base64.b64encode(raw).decode(),
-        "raw_bytes": len(raw),
-    }
+    return event_type.storage.live_only or event_type.name == JOURNAL_LOSS

@@ -21,6 +21,7 @@ import msgspec
 
 from event_bus import database
 from event_bus.carve import MAX_GROUP_EVENTS, MAX_SEQ, Carved, Pages, carve, read_batch
+from event_bus.envelope import NATIVE_ID
 from event_bus.errors import JournalDamaged, JournalError, JournalFailed
 from event_bus.journal import Journal
 from event_bus.journal_file import SUFFIXES
@@ -34,7 +35,6 @@ SPARE_SEQS = 4 * MAX_GROUP_EVENTS
 not stored yet, so that no seq becomes two events."""
 
 _EVENT_ID = re.compile(rb'^\{"event_id":("(?:[^"\\]|\\.)*")', re.MULTILINE)
-_NATIVE_ID = re.compile(r"([0-9a-f]{20})-([1-9][0-9]{0,17})")
 _JOURNAL_ID = re.compile(r"[0-9a-f]{16}")
 
 
@@ -305,7 +305,7 @@ def _ids(body: bytes, journal: Journal) -> tuple[list[Run], list[tuple[str, int]
     opaque_ids: list[tuple[str, int]] = []
     for index, quoted in enumerate(_EVENT_ID.findall(body)):
         event_id = msgspec.json.decode(quoted, type=str)
-        native = _NATIVE_ID.fullmatch(event_id)
+        native = NATIVE_ID.fullmatch(event_id)
         if native is None:
             if journal.seq_of_opaque(event_id) is None:
                 opaque_ids.append((event_id, index))

@@ -86,7 +86,7 @@ class BrokerStatus:
             **self._counts(),
             "origin_seq": journal.origin_seq,
             "uptime_s": self._uptime_s(),
-            "memory_bytes": self._memory_bytes(),
+            "memory_bytes": self.memory_bytes(),
             "journal_bytes": journal.size_bytes(),
             "journal_held_by": self.journal_held_by,
             "consumers": self._consumers.status(),
@@ -154,7 +154,7 @@ class BrokerStatus:
 
     # Both open a file: without a free descriptor, what was so last is said again.
 
-    def _memory_bytes(self) -> int:
+    def memory_bytes(self) -> int:
         with contextlib.suppress(OSError):
             self._last_memory_bytes = self._process.memory_info().rss
         return self._last_memory_bytes
@@ -165,7 +165,7 @@ class BrokerStatus:
         return self._last_cpu_percent
 
     def _memory_mb(self) -> float:
-        return round(self._memory_bytes() / 1e6, 1)
+        return round(self.memory_bytes() / 1e6, 1)
 
 
 def _loss_facts(loss: LostRange) -> LossFacts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,8 @@ class Door:
     def __init__(self, allowed: AllowList, monotonic: Callable[[], float]) -> None:
         self.allowed = allowed
         self.refused = 0
+        # Requests without the right to them, by the key's name, or by the key if it has none now.
+        self.forbidden: Counter[str] = Counter()
         self._monotonic = monotonic
         self._logged: dict[str, float] = {}
         self._kept_out: dict[str, float] = {}
@@ -42,8 +45,15 @@ class Door:
         if rights is not None and not kept_out:
             return [version, request_id, b"200", b"OK", key.encode(), b""]
         self.refused += 1
-        if not kept_out:
-            self._log(address.decode("ascii", "backslashreplace"), key)
+        where = address.decode("ascii", "backslashreplace")
+        if not kept_out and self._is_news(where):
+            log.warning(
+                "refused a connection from %s: its key %s is not in %s"
+                " (`bitten keys allow NAME 'KEY' …` lets it in)",
+                where,
+                key or "is missing",
+                self.allowed.path,
+            )
         return [version, request_id, b"400", b"this key is not allowed here", b"", b""]
 
     def keep_out(self, key: str) -> None:
@@ -55,20 +65,23 @@ class Door:
     def _is_kept_out(self, key: str) -> bool:
         return self._monotonic() < self._kept_out.get(key, 0.0)
 
-    def _log(self, address: str, key: str) -> None:
+    def forbid(self, key: str, reason: str) -> None:
+        """Count a request that a connected key has no right to, and log it once a minute."""
+        rights = self.allowed[key]
+        name = rights.name if rights is not None else key
+        self.forbidden[name] += 1
+        if self._is_news(key):
+            log.warning("refused a request of %s: %s", name, reason)
+
+    def _is_news(self, subject: str) -> bool:
+        """True once in LOG_INTERVAL_S for each subject."""
         now = self._monotonic()
-        if now - self._logged.get(address, now - LOG_INTERVAL_S) < LOG_INTERVAL_S:
-            return
+        if now - self._logged.get(subject, now - LOG_INTERVAL_S) < LOG_INTERVAL_S:
+            return False
         if len(self._logged) >= MAX_REMEMBERED:
             self._logged.clear()
-        self._logged[address] = now
-        log.warning(
-            "refused a connection from %s: its key %s is not in %s"
-            " (`bitten keys allow NAME 'KEY' …` lets it in)",
-            address,
-            key or "is missing",
-            self.allowed.path,
-        )
+        self._logged[subject] = now
+        return True
 
 
 class Zap:

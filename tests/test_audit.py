@@ -26,10 +26,11 @@ from event_bus import database, envelope
 from event_bus.envelope import Envelope
 from event_bus.errors import DatabaseError, RejectedEvent
 from event_bus.event_schema import Registry
-from event_bus.intake import Intake, rejection
+from event_bus.intake import Intake
 from event_bus.journal import Journal
 from event_bus.journal_format import LEFT_OUT, LostRange
 from event_bus.protocol import Client
+from event_bus.rejection import rejection
 from event_bus.settings import Settings
 from event_bus.subscriber import Batch
 

@@ -17,6 +17,7 @@ from event_bus.errors import JournalError
 from event_bus.event_schema import Registry
 from event_bus.intake import MAX_BATCH_LINES, Intake, Receipt
 from event_bus.journal import Journal
+from event_bus.rejection import MAX_RAW_BYTES_A_MINUTE, RawAllowance
 
 TOKEN = "0123456789abcdef0123"
 OTHER = "0123456789abcdef4567"
@@ -285,3 +286,14 @@ def test_resend_of_a_damaged_batch_is_counted_and_ends_nothing(opened: Opened) -
 def test_report_that_is_too_long_is_left_out(opened: Opened) -> None:
     opened.take(run(1, 1), "x" * 5_000)
     assert opened.journal.producers[TOKEN].report is None
+
+
+def test_each_key_has_a_minutes_allowance_of_raw_bytes() -> None:
+    now = 5.0
+    allowance = RawAllowance(lambda: now)
+    assert allowance.spend("a", 1_000) == 1_000
+    assert allowance.spend("a", 1 << 20) == MAX_RAW_BYTES_A_MINUTE - 1_000
+    assert allowance.spend("a", 1) == 0
+    assert allowance.spend("b", 1) == 1
+    now += 60.0
+    assert allowance.spend("a", 1) == 1

@@ -23,6 +23,7 @@ from event_bus.live import MAX_SUBSCRIPTIONS
 from event_bus.protocol import Client
 
 FRAME_BYTES = 100 << 20
+ENDLESS_BYTES = 2 << 30
 GROWTH_BYTES = 5 << 20
 SILENT = 300
 
@@ -65,19 +66,26 @@ def memory(bus: System) -> int:
     return int(psutil.Process(bus.processes[0].pid).memory_info().rss)
 
 
+def connected_by_hand(url: str, kind: bytes) -> socket.socket:
+    """A connection of a client without keys, its greeting and READY exchanged."""
+    peer = socket.create_connection(("127.0.0.1", port(url)), 20)
+    ready = b"\x05READY" + b"\x0bSocket-Type" + len(kind).to_bytes(4) + kind
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + bytes(32)
+    peer.sendall(greeting + b"\x04" + bytes([len(ready)]) + ready)
+    answer = b""
+    while b"READY" not in answer:
+        answer += peer.recv(1)
+    return peer
+
+
 @pytest.mark.parametrize("url", ["BITTEN_INGRESS_URL", "BITTEN_EVENTS_URL"])
 def test_huge_frame_is_cut_before_it_is_read(bus: System, old_client: Client, url: str) -> None:
     before = memory(bus)
-    # The greeting and READY of a client without keys, then a message of 100 MB in one frame.
-    ready = b"\x05READY" + b"\x0bSocket-Type" + (6).to_bytes(4) + b"DEALER"
-    if url == "BITTEN_EVENTS_URL":
-        ready = b"\x05READY" + b"\x0bSocket-Type" + (3).to_bytes(4) + b"SUB"
-    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + bytes(32)
     chunk = bytes(1 << 20)
     sent = 0
-    with socket.create_connection(("127.0.0.1", port(bus.environ[url])), 20) as peer:
-        peer.sendall(greeting + b"\x04" + bytes([len(ready)]) + ready)
-        peer.sendall(b"\x02" + FRAME_BYTES.to_bytes(8))
+    kind = b"DEALER" if url == "BITTEN_INGRESS_URL" else b"SUB"
+    with connected_by_hand(bus.environ[url], kind) as peer:
+        peer.sendall(b"\x02" + FRAME_BYTES.to_bytes(8))  # a message of 100 MB in one frame
         with contextlib.suppress(ConnectionError):
             while sent < FRAME_BYTES:
                 peer.sendall(chunk)
@@ -85,6 +93,28 @@ def test_huge_frame_is_cut_before_it_is_read(bus: System, old_client: Client, ur
     assert sent < FRAME_BYTES
     assert publish(old_client)
     assert memory(bus) - before < GROWTH_BYTES
+
+
+def test_message_of_endless_frames_ends_and_honest_clients_notice_nothing(
+    bus: System, old_client: Client
+) -> None:
+    before = memory(bus)
+    frames = (b"\x03" + (1_000).to_bytes(8) + bytes(1_000)) * 10_000
+    sent = 0
+    with contextlib.closing(Client(bus.settings)) as quiet:
+        waiting = quiet.send(protocol.FETCH, b'{"wait_ms":30000}')
+        with connected_by_hand(bus.environ["BITTEN_INGRESS_URL"], b"DEALER") as peer:
+            with contextlib.suppress(ConnectionError):
+                while sent < ENDLESS_BYTES:
+                    peer.sendall(frames)
+                    sent += len(frames)
+                    assert old_client.status(20)
+            assert sent < ENDLESS_BYTES
+        assert publish(old_client)
+        assert quiet.receive(waiting, 20)
+    wait_until(lambda: memory(bus) - before < 4 * GROWTH_BYTES, "the memory is given back")
+    bus.processes[0].terminate()
+    assert bus.processes[0].communicate()[0].count("ended the connection from") == 1
 
 
 def test_flood_of_subscriptions_ends_and_honest_subscribers_come_back(

@@ -21,6 +21,7 @@ from conftest import System, free_port, wait_until
 from event_bus import keys, protocol
 from event_bus.errors import BusRefused, BusUnavailable, KeysError
 from event_bus.protocol import Client
+from event_bus.rejection import MAX_RAW_BYTES_A_MINUTE
 from event_bus.subscriber import Subscriber
 
 LOGIN: dict[str, Any] = {"action": "login"}
@@ -196,6 +197,68 @@ def test_event_type_without_the_right_is_a_kept_rejection(
     assert ack["refusals"] == [{"line": 1, "reason": "this key may not publish fire_command"}]
     account = refusal(guarded.system)
     assert (account["rule"], account["event_type"]) == ("rights", "fire_command")
+
+
+def test_key_that_may_publish_nothing_is_forbidden_and_stores_nothing(
+    guarded: Guarded, connect: Connect
+) -> None:
+    client = connect(guarded.guest("reader", subscribe="*"))
+    for n in range(3):
+        with pytest.raises(BusRefused, match="the key reader may publish nothing") as e:
+            client.publish(event(f"r-{n}") * 100)
+        assert e.value.code == "forbidden"
+    status = connect(guarded.system).status()
+    assert (status["rejected"], status["forbidden"]) == (0, {"reader": 3})
+    with Subscriber(start=1, timeout_s=1, settings=guarded.system.settings) as events:
+        assert {e.event_type for e in events} == {"system_health"}
+    assert "requests without the right to them: reader 3" in guarded.system.bitten("status").stdout
+    assert guarded.log().count("refused a request of reader: the key reader may publish") == 1
+
+
+def test_bridge_of_a_key_that_may_publish_nothing_keeps_its_events_and_says_why(
+    guarded: Guarded,
+) -> None:
+    guest = guarded.guest("feed", subscribe="*")
+    done = guest.script(
+        "from event_bus import event_bridge as b\n"
+        "assert b.user_action({'action': 'early'})\n"
+        "assert not b.flush(1)\n"
+        "print(b.stats()['last_error'], b.stats()['refused_by_bus'])\n"
+    )
+    assert done.stdout == "the key feed may publish nothing 0\n"
+    assert "events wait: the key feed may publish nothing" in done.stderr
+    emitted = guest.bitten("emit", "user_action", "action=late")
+    assert (emitted.returncode, "feed may publish nothing" in emitted.stderr) == (3, True)
+    assert len(list(guest.settings.spool.glob("*.ndjson"))) == 2
+    guarded.allow("feed", publish="user_action")
+    wait_until(
+        lambda: guest.bitten("emit", "user_action", "action=last").returncode == 0, "it may now"
+    )
+    assert not list(guest.settings.spool.iterdir())
+    with Subscriber("user_action", start=1, timeout_s=5, settings=guarded.system.settings) as all_:
+        assert {next(iter(all_)).data["action"] for _ in range(3)} >= {"early", "late"}
+
+
+def test_raw_bytes_of_what_a_key_may_not_publish_are_kept_up_to_a_bound(
+    guarded: Guarded, connect: Connect
+) -> None:
+    client = connect(guarded.guest("feed", publish="market_data"))
+    for n in range(20):
+        bad = event(f"f-{n}", "fire_command", {"fire_id": "1", "note": "x" * 10_000})
+        assert client.publish(bad)["rejected"] == 1
+    assert client.publish(event("f-20", "market_data", {"bid": 1}))["rejected"] == 1
+    system = guarded.system
+    system.start_collector()
+    system.wait_stored()
+    whole, rows, kept = system.sql(
+        "SELECT sum(raw_bytes = length(raw)), count(*), sum(length(raw))"
+        " FROM rejected_events WHERE rule = 'rights'"
+    )[0]
+    assert (whole, rows, kept) == (6, 20, MAX_RAW_BYTES_A_MINUTE)
+    assert system.sql("SELECT min(raw_bytes) > 10000 FROM rejected_events WHERE rule = 'rights'")
+    other = "SELECT raw_bytes = length(raw) FROM rejected_events WHERE rule != 'rights'"
+    assert system.sql(other) == [(1,)]  # what is wrong otherwise is kept whole
+    assert "14 refused events kept in part" in system.bitten("audit").stdout
 
 
 def test_canonical_batch_is_checked_for_rights_too(guarded: Guarded) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from collector.doctor.context import Context, quoted, rows
 from collector.doctor.finding import CannotTell, Finding, fault, ok, size, span, warning
 from collector.doctor.history import DAY_S, History
-from event_bus.event_schema import Registry
+from event_bus.event_schema import OWN_TYPES, Registry
 from event_bus.last_loss import REASON, notes
 
 NEW_S = DAY_S
@@ -18,8 +18,6 @@ BOUNDS = ("spool full", "memory full")
 """Reasons of a loss that more room for events takes away."""
 
 MAX_REFUSALS = 10_000
-_OF_THE_BUS = {"bridge_loss", "event_rejected", "journal_loss"}
-"""Types that are seen only when something goes wrong."""
 
 
 def never_seen(context: Context) -> Iterator[Finding]:
@@ -44,7 +42,7 @@ def never_seen(context: Context) -> Iterator[Finding]:
                 command=f"{context.bitten} schemas show {event_type.name};"
                 f" {context.bitten} query --type event_rejected --limit 3",
             )
-    unused = sorted(set(built_in) - _OF_THE_BUS)
+    unused = sorted(set(built_in) - set(OWN_TYPES))  # those tell of faults
     yield ok(f"built-in types never seen: {', '.join(unused) or 'none'}")
 
 
