@@ -45,7 +45,7 @@ from pathlib import Path
 from typing import Any
 
 from daemons import Up, with_fault
-from invariant import Verdict, check
+from invariant import Lost, Verdict, check
 from load import Load
 from system import System, wait_until
 
@@ -113,8 +113,7 @@ class Trial:
         self.system = System(directory / "home")
         self.up: Up | None = None
         self.load: Load | None = None
-        self.lost: list[tuple[int, int]] = []
-        """Ranges of seq that this drill's fault destroys: they may be gaps of the database."""
+        self.lost = Lost()
         self.breaches: list[str] = []
         self.notes: dict[str, Any] = {}
         self.verdict: Verdict | None = None
