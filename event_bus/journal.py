@@ -18,6 +18,7 @@ from event_bus.errors import JournalDamaged, JournalError
 from event_bus.journal_file import DAMAGE_HINT, JournalFile
 from event_bus.journal_format import (
     LOST_RANGE,
+    NOTE_OPEN,
     Batch,
     LostRange,
     Producer,
@@ -26,7 +27,6 @@ from event_bus.journal_format import (
     is_intact,
 )
 
-START_BUSY_MS = 500
 MAX_REMEMBERED_LOSSES = 1_000
 
 _LAST = "SELECT * FROM batch ORDER BY first_seq DESC LIMIT 1"
@@ -54,13 +54,16 @@ class Journal(JournalFile):
         """Make what the last run committed safe, count this start, and learn where it ends."""
         self._lines: tuple[int, list[bytes]] = (0, [])
         # After a failed fsync the next can lie: the last commits may be in memory alone. A
-        # checkpoint writes and syncs them anew; readers may keep it from truncating the WAL.
-        self._db.set_busy_timeout(START_BUSY_MS)
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        self._db.set_busy_timeout(database.BUSY_TIMEOUT_MS)
+        # checkpoint writes and syncs them anew.
+        self._checkpoint()
+        closed = self._meta("closed_epoch")  # 0.1.0 did not write it
+        self.lacks_wal = not self._had_wal and closed not in (None, self._meta("epoch"))
+        """What the last run committed last is gone."""
         with database.transaction(self._db):
             self._db.execute(LOST_RANGE)
             self._db.execute("UPDATE meta SET value = value + 1 WHERE key = 'epoch'")
+            self._db.execute(NOTE_OPEN)
+        self._checkpoint()  # without its -wal the file must know that it was open
         self.journal_id: str = self._meta("journal_id")
         self.epoch: int = self._meta("epoch")
         self.origin_seq: int = self._meta("origin_seq", 1)  # 0.1.0 did not write it

@@ -160,12 +160,16 @@ def _last_stored(db: Path) -> tuple[int, str | None]:
 def _go_on_after_what_was_read(journal: Journal, db: Path, clock: Callable[[], float]) -> None:
     """A sound journal may end too early: its -wal is gone, or it is an older copy."""
     last_stored, stored_id = _last_stored(db)
-    if stored_id not in (None, journal.journal_id):
-        return  # another bus's database; the collector says so
-    end = max([last_stored, *(next_seq - 1 for next_seq, _ in journal.consumers().values())])
-    if end <= journal.last_seq:
+    read = [next_seq - 1 for next_seq, _ in journal.consumers().values()]
+    if stored_id in (None, journal.journal_id):  # else another bus's; the collector says so
+        read.append(last_stored)
+    end = max([journal.last_seq, *read])
+    if end > journal.last_seq:
+        reason = f"it ends at {journal.last_seq}, but events up to {end} were read of it"
+    elif journal.lacks_wal:
+        reason = f"it ends at {end}, was not closed, and has no -wal"
+    else:
         return
-    reason = f"it ends at {journal.last_seq}, but events up to {end} were read of it"
     for first, last, why in _lost_tail(journal.last_seq, end, reason):
         log.error("%s: events %d to %d are lost: %s", journal.path, first, last, why)
         journal.record_loss(LostRange(first, last, clock(), why, journal.path.name))

@@ -591,3 +591,34 @@ def test_wal_removed_under_a_running_bus_costs_nothing_when_it_is_killed(system:
     assert status is not None
     assert status["last_seq"] >= 1_100
     assert [p["code"] for p in status["problems"]] == []
+
+
+def test_wal_that_nobody_had_read_is_missed_by_the_next_start(system: System) -> None:
+    bus = system.start_bus()
+    assert system.script(PUBLISH, "1000").returncode == 0
+    bus.kill()
+    bus.wait()
+    Path(f"{system.settings.journal}-wal").unlink()
+    bus = system.start_bus()
+    system.start_collector()
+    assert system.wait_stored() > SPARE_SEQS
+    (lost,) = system.sql("SELECT first_seq, last_seq, reason FROM journal_loss")
+    assert lost[:2] == (1, SPARE_SEQS)
+    assert "was not closed, and has no -wal" in lost[2]
+    bus.terminate()
+    assert bus.wait(10) == 0
+    Path(f"{system.settings.journal}-wal").unlink(missing_ok=True)
+    system.start_bus()
+    system.wait_stored()
+    assert len(system.sql("SELECT * FROM journal_loss")) == 1
+
+
+def test_restored_or_copied_journal_is_closed(path: Path, kept: dict[int, Batch]) -> None:
+    journal = Journal(path)
+    copy = path.with_name("copy.db")
+    journal.copy_to(copy)
+    journal.close()
+    for file in (path, copy):
+        again = Journal(file)
+        assert not again.lacks_wal
+        again.close()
