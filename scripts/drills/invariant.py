@@ -53,9 +53,9 @@ class Figures:
 class Lost:
     """What the drill's fault destroys, to the event. Nothing else may be missing.
 
-    `gaps` are the ranges of seq that the database may lack, if it names them in `_gap`; `cuts` those
-    that the journal may lack between two batches, if it names them in `lost_range`; `ids` the
-    acknowledged events that were nowhere else.
+    `gaps` are the ranges of seq that the database may lack, if it names them in `_gap`; `cuts`
+    those that the journal may lack between two batches, if it names them in `lost_range`; `ids`
+    the acknowledged events that were nowhere else.
     """
 
     gaps: list[tuple[int, int]] = field(default_factory=list)
@@ -154,7 +154,11 @@ def _check_journal(
     verdict: Verdict,
 ) -> None:
     """Its batches follow each other, are what was written, and are what the database has."""
-    named = list(log.execute("SELECT first_seq, last_seq FROM lost_range ORDER BY first_seq"))
+    named = list(
+        log.execute(
+            "SELECT first_seq, coalesce(last_seq, first_seq) FROM lost_range ORDER BY first_seq"
+        )
+    )
     expected = None
     for first_seq, count, received_at, crc, body in log.execute(
         "SELECT * FROM batch ORDER BY first_seq"
