@@ -120,25 +120,7 @@ class Journal(JournalFile):
                     body,
                 ),
             )
-            if runs:
-                db.executemany(
-                    "INSERT INTO run VALUES (?,?,?,?)",
-                    [(p.id, first, last, first_seq + at) for p, first, last, at in runs],
-                )
-                db.executemany(
-                    "INSERT INTO producer VALUES (?,?,?,?,?,?) ON CONFLICT (id) DO UPDATE SET "
-                    "last_n = excluded.last_n, last_seen = excluded.last_seen, "
-                    "report = excluded.report",
-                    [
-                        (p.id, p.token, p.last_n, p.forgotten_n, received_at, p.report)
-                        for p in {p.id: p for p, *_ in runs}.values()
-                    ],
-                )
-            if opaque_ids:
-                db.executemany(
-                    "INSERT INTO opaque_id VALUES (?,?)",
-                    [(event_id, first_seq + at) for event_id, at in opaque_ids],
-                )
+            self._insert_ids(first_seq, received_at, runs, opaque_ids)
             db.execute("COMMIT")
         except apsw.Error as e:
             if db.in_transaction:
@@ -148,6 +130,50 @@ class Journal(JournalFile):
         for p, *_ in runs:
             p.last_seen = received_at
         return first_seq
+
+    def _insert_ids(
+        self,
+        first_seq: int,
+        received_at: float,
+        runs: list[Run],
+        opaque_ids: list[tuple[str, int]],
+    ) -> None:
+        db = self._db
+        if runs:
+            db.executemany(
+                "INSERT INTO run VALUES (?,?,?,?)",
+                [(p.id, first, last, first_seq + at) for p, first, last, at in runs],
+            )
+            db.executemany(
+                "INSERT INTO producer VALUES (?,?,?,?,?,?) ON CONFLICT (id) DO UPDATE SET "
+                "last_n = excluded.last_n, last_seen = excluded.last_seen, "
+                "report = excluded.report",
+                [
+                    (p.id, p.token, p.last_n, p.forgotten_n, received_at, p.report)
+                    for p in {p.id: p for p, *_ in runs}.values()
+                ],
+            )
+        if opaque_ids:
+            db.executemany(
+                "INSERT INTO opaque_id VALUES (?,?)",
+                [(event_id, first_seq + at) for event_id, at in opaque_ids],
+            )
+
+    def index(
+        self,
+        first_seq: int,
+        received_at: float,
+        *,
+        runs: list[Run],
+        opaque_ids: list[tuple[str, int]],
+    ) -> None:
+        """Note where ids lie of events that are not in this journal any more, so that one that is
+        sent again is recognised; the arguments are those of `append`. Raises JournalError."""
+        try:
+            with database.transaction(self._db):
+                self._insert_ids(first_seq, received_at, runs, opaque_ids)
+        except apsw.Error as e:
+            raise self._write_error(e) from e
 
     def read(self, from_seq: int, max_bytes: int) -> list[Batch]:
         """Batches from the one that holds `from_seq` on, at least one, past `max_bytes` by one at

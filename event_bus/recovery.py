@@ -22,9 +22,10 @@ import msgspec
 from event_bus import database
 from event_bus.carve import MAX_GROUP_EVENTS, MAX_SEQ, Carved, Pages, carve, read_batch
 from event_bus.errors import JournalDamaged, JournalError, JournalFailed
+from event_bus.id_index import index_stored, places
 from event_bus.journal import Journal
 from event_bus.journal_file import SUFFIXES
-from event_bus.journal_format import LostRange, Run
+from event_bus.journal_format import LostRange
 from event_bus.traces import last_known
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,6 @@ SPARE_SEQS = 4 * MAX_GROUP_EVENTS
 not stored yet, so that no seq becomes two events."""
 
 _EVENT_ID = re.compile(rb'^\{"event_id":("(?:[^"\\]|\\.)*")', re.MULTILINE)
-_NATIVE_ID = re.compile(r"([0-9a-f]{20})-([1-9][0-9]{0,17})")
 _JOURNAL_ID = re.compile(r"[0-9a-f]{16}")
 
 
@@ -170,6 +170,8 @@ def _go_on_after_what_was_read(journal: Journal, db: Path, clock: Callable[[], f
         reason = f"it ends at {end}, was not closed, and has no -wal"
     else:
         return
+    if stored_id == journal.journal_id:
+        index_stored(journal, db, journal.last_seq, clock)
     for first, last, why in _lost_tail(journal.last_seq, end, reason):
         log.error("%s: events %d to %d are lost: %s", journal.path, first, last, why)
         journal.record_loss(LostRange(first, last, clock(), why, journal.path.name))
@@ -209,6 +211,9 @@ def _rebuild(path: Path, db: Path, reason: str, clock: Callable[[], float]) -> P
                     log.error("events %d to %s are lost: %s", new.first_seq, until, why)
 
             _copy(carved, pages, journal, lose)
+            if _identity(carved, stored_id) in (None, stored_id):
+                ends = (first + place[2] - 1 for first, place in carved.batches.items())
+                index_stored(journal, db, max(ends, default=0), clock)
             if journal.last_seq < proven:  # what was lost at its end, or damaged there
                 lose(journal.last_seq + 1, proven)
             if not carved.batches and not carved.end():
@@ -269,32 +274,11 @@ def _copy(
         if first_seq > journal.last_seq + 1:
             lose(journal.last_seq + 1, first_seq - 1)
         batch = read_batch(pages, first_seq, carved.batches[first_seq])
-        runs, opaque_ids = _ids(batch.body, journal)
+        ids = (msgspec.json.decode(quoted, type=str) for quoted in _EVENT_ID.findall(batch.body))
+        runs, opaque_ids = places(enumerate(ids), journal)
         journal.append(
             [batch.body], batch.count, batch.received_at, runs=runs, opaque_ids=opaque_ids
         )
-
-
-def _ids(body: bytes, journal: Journal) -> tuple[list[Run], list[tuple[str, int]]]:
-    """What a batch adds to the index of ids, as `Journal.append` takes it."""
-    runs: list[Run] = []
-    opaque_ids: list[tuple[str, int]] = []
-    for index, quoted in enumerate(_EVENT_ID.findall(body)):
-        event_id = msgspec.json.decode(quoted, type=str)
-        native = _NATIVE_ID.fullmatch(event_id)
-        if native is None:
-            if journal.seq_of_opaque(event_id) is None:
-                opaque_ids.append((event_id, index))
-            continue
-        producer, n = journal.producer(native[1]), int(native[2])
-        if runs and runs[-1][0] is producer and runs[-1][2] == n - 1:
-            runs[-1] = (producer, runs[-1][1], n, runs[-1][3])
-        elif journal.seq_of_native(producer, n) is None:
-            runs.append((producer, n, n, index))
-        if not producer.last_n:  # no row of it: what came before was trimmed, or is lost
-            producer.forgotten_n = n - 1
-        producer.last_n = max(producer.last_n, n)
-    return runs, opaque_ids
 
 
 def _identity(carved: Carved, stored_id: str | None) -> str | None:

@@ -9,15 +9,19 @@ import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from disks import small_disk
 from system import System, wait_until
 
+from event_bus import envelope
 from event_bus.carve import Pages, carve, read_batch
+from event_bus.envelope import Envelope
 from event_bus.errors import JournalDamaged, JournalError, JournalFull
 from event_bus.journal import DamagedBatch, Journal
 from event_bus.journal_format import PAGE_BYTES, Batch, LostRange
+from event_bus.protocol import Client
 from event_bus.recovery import SPARE_SEQS, mark_damaged, open_journal, put_back
 
 TOKEN = "0123456789abcdef0123"
@@ -622,3 +626,41 @@ def test_restored_or_copied_journal_is_closed(path: Path, kept: dict[int, Batch]
         again = Journal(file)
         assert not again.lacks_wal
         again.close()
+
+
+def resend(system: System, lines: bytes) -> dict[str, Any]:
+    client = Client(system.settings)
+    try:
+        return client.publish(lines, 10.0)
+    finally:
+        client.close()
+
+
+@pytest.mark.parametrize("gone", ["-wal", "journal"])
+def test_what_only_the_database_has_left_is_recognised_when_it_is_sent_again(
+    system: System, gone: str
+) -> None:
+    token = envelope.new_producer()
+    ids = [f"{token}-{n}" for n in range(1, 101)] + [f"order {n}" for n in range(100)]
+    lines = b"".join(
+        envelope.encode(
+            Envelope(event_id=i, event_type="user_action", timestamp=1.0, data={"action": "x"})
+        )
+        + b"\n"
+        for i in ids
+    )
+    bus, collector = system.start_bus(), system.start_collector()
+    assert resend(system, lines)["accepted"] == 200
+    system.wait_stored()
+    for daemon in (bus, collector):
+        daemon.kill()
+        daemon.wait()
+    for suffix in ("-wal",) if gone == "-wal" else ("", "-wal", "-shm"):
+        Path(f"{system.settings.journal}{suffix}").unlink()
+    system.start_bus()
+    system.start_collector()
+    assert resend(system, lines)["duplicates"] == 200
+    assert resend(system, lines.replace(b'-100"', b'-101"'))["accepted"] == 1
+    system.wait_stored()
+    count = "SELECT count(*), count(DISTINCT event_id) FROM events WHERE event_type = 'user_action'"
+    assert system.sql(count) == [(201, 201)]
