@@ -133,7 +133,8 @@ class JournalFile:
     def is_in_place(self) -> bool:
         """False if the file, its -wal or its -shm was removed or replaced since it was opened:
         what is committed then would go with this process."""
-        return self._identities() == self._files
+        now = self._identities()
+        return now == self._files and None not in now  # removed even before it was looked at
 
     def _identities(self) -> list[tuple[int, int] | None]:
         return [_identity(f"{self.path}{suffix}") for suffix in SUFFIXES]

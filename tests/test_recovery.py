@@ -664,3 +664,12 @@ def test_what_only_the_database_has_left_is_recognised_when_it_is_sent_again(
     system.wait_stored()
     count = "SELECT count(*), count(DISTINCT event_id) FROM events WHERE event_type = 'user_action'"
     assert system.sql(count) == [(201, 201)]
+
+
+def test_wal_removed_again_and_again_is_back_within_seconds(system: System) -> None:
+    system.start_bus()
+    assert system.script(PUBLISH, "100").returncode == 0
+    wal = Path(f"{system.settings.journal}-wal")
+    for _ in range(3):
+        wal.unlink()  # right after the bus has looked
+        wait_until(wal.exists, "the -wal is there again", timeout_s=3)
