@@ -269,7 +269,8 @@ def run(chosen: Drill, *, seed: int, short: bool, length: float, planted: bool) 
         result.breaches = trial.verdict.breaches
     result.breaches = trial.breaches + result.breaches
     if planted:
-        found = any(chosen.breaks in text for text in result.breaches)
+        result.breaches.sort(key=lambda text: chosen.breaks not in text)  # its own words first
+        found = result.breaches and chosen.breaks in result.breaches[0]
         result.result = "BROKEN" if found else "missed"
     else:
         result.result = "BROKEN" if result.breaches else "held"
