@@ -326,7 +326,8 @@ class Store:
 
     def check_file(self) -> None:
         """Raise DatabaseReplaced if a file of it was removed or replaced: rows would go nowhere."""
-        if [_identity(p) for p in self._paths] != self._files:
+        now = [_identity(p) for p in self._paths]
+        if now != self._files or None in now:  # removed even before it was looked at
             raise self._replaced()
 
     def _replaced(self) -> DatabaseReplaced:

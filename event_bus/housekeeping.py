@@ -75,6 +75,7 @@ class Housekeeping:
             self._adopter.look()
             self._consumers.pass_time(HEARTBEAT_S)
             self.probe_storage()
+            self._keep_files()  # each second: what is gone has to be there again within five
             self._status.keys_problem = self._live.apply_rights()
             self._unfinished.look()
             self._look()
@@ -84,7 +85,6 @@ class Housekeeping:
             self._emit_health()
         if now >= self._housekeeping_due:
             self._housekeeping_due = now + HOUSEKEEPING_S
-            self._keep_files()
             self._trim()
 
     def storage_is_full(self, reason: str) -> None:

@@ -18,6 +18,7 @@ from event_bus.errors import JournalDamaged, JournalError
 from event_bus.journal_file import DAMAGE_HINT, JournalFile
 from event_bus.journal_format import (
     LOST_RANGE,
+    NOTE_OPEN,
     Batch,
     LostRange,
     Producer,
@@ -26,7 +27,6 @@ from event_bus.journal_format import (
     is_intact,
 )
 
-START_BUSY_MS = 500
 MAX_REMEMBERED_LOSSES = 1_000
 
 MAX_TRIMMED_BATCHES = 200
@@ -59,13 +59,16 @@ class Journal(JournalFile):
         """Make what the last run committed safe, count this start, and learn where it ends."""
         self._lines: tuple[int, list[bytes]] = (0, [])
         # After a failed fsync the next can lie: the last commits may be in memory alone. A
-        # checkpoint writes and syncs them anew; readers may keep it from truncating the WAL.
-        self._db.set_busy_timeout(START_BUSY_MS)
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        self._db.set_busy_timeout(database.BUSY_TIMEOUT_MS)
+        # checkpoint writes and syncs them anew.
+        self._checkpoint()
+        closed = self._meta("closed_epoch")  # 0.1.0 did not write it
+        self.lacks_wal = not self._had_wal and closed not in (None, self._meta("epoch"))
+        """What the last run committed last is gone."""
         with database.transaction(self._db):
             self._db.execute(LOST_RANGE)
             self._db.execute("UPDATE meta SET value = value + 1 WHERE key = 'epoch'")
+            self._db.execute(NOTE_OPEN)
+        self._checkpoint()  # without its -wal the file must know that it was open
         self.journal_id: str = self._meta("journal_id")
         self.epoch: int = self._meta("epoch")
         self.origin_seq: int = self._meta("origin_seq", 1)  # 0.1.0 did not write it
@@ -118,25 +121,7 @@ class Journal(JournalFile):
                     body,
                 ),
             )
-            if runs:
-                db.executemany(
-                    "INSERT INTO run VALUES (?,?,?,?)",
-                    [(p.id, first, last, first_seq + at) for p, first, last, at in runs],
-                )
-                db.executemany(
-                    "INSERT INTO producer VALUES (?,?,?,?,?,?) ON CONFLICT (id) DO UPDATE SET "
-                    "last_n = excluded.last_n, last_seen = excluded.last_seen, "
-                    "report = excluded.report",
-                    [
-                        (p.id, p.token, p.last_n, p.forgotten_n, received_at, p.report)
-                        for p in {p.id: p for p, *_ in runs}.values()
-                    ],
-                )
-            if opaque_ids:
-                db.executemany(
-                    "INSERT INTO opaque_id VALUES (?,?)",
-                    [(event_id, first_seq + at) for event_id, at in opaque_ids],
-                )
+            self._insert_ids(first_seq, received_at, runs, opaque_ids)
             db.execute("COMMIT")
         except apsw.Error as e:
             if db.in_transaction:
@@ -146,6 +131,50 @@ class Journal(JournalFile):
         for p, *_ in runs:
             p.last_seen = received_at
         return first_seq
+
+    def _insert_ids(
+        self,
+        first_seq: int,
+        received_at: float,
+        runs: list[Run],
+        opaque_ids: list[tuple[str, int]],
+    ) -> None:
+        db = self._db
+        if runs:
+            db.executemany(
+                "INSERT INTO run VALUES (?,?,?,?)",
+                [(p.id, first, last, first_seq + at) for p, first, last, at in runs],
+            )
+            db.executemany(
+                "INSERT INTO producer VALUES (?,?,?,?,?,?) ON CONFLICT (id) DO UPDATE SET "
+                "last_n = excluded.last_n, last_seen = excluded.last_seen, "
+                "report = excluded.report",
+                [
+                    (p.id, p.token, p.last_n, p.forgotten_n, received_at, p.report)
+                    for p in {p.id: p for p, *_ in runs}.values()
+                ],
+            )
+        if opaque_ids:
+            db.executemany(
+                "INSERT INTO opaque_id VALUES (?,?)",
+                [(event_id, first_seq + at) for event_id, at in opaque_ids],
+            )
+
+    def index(
+        self,
+        first_seq: int,
+        received_at: float,
+        *,
+        runs: list[Run],
+        opaque_ids: list[tuple[str, int]],
+    ) -> None:
+        """Note where ids lie of events that are not in this journal any more, so that one that is
+        sent again is recognised; the arguments are those of `append`. Raises JournalError."""
+        try:
+            with database.transaction(self._db):
+                self._insert_ids(first_seq, received_at, runs, opaque_ids)
+        except apsw.Error as e:
+            raise self._write_error(e) from e
 
     def read(self, from_seq: int, max_bytes: int) -> list[Batch]:
         """Batches from the one that holds `from_seq` on, at least one, past `max_bytes` by one at

@@ -18,6 +18,8 @@ from event_bus.errors import JournalDamaged, JournalError, JournalFailed, Journa
 from event_bus.journal_format import (
     APPLICATION_ID,
     LOST_RANGE,
+    NOTE_CLOSED,
+    NOTE_OPEN,
     PAGE_BYTES,
     SCHEMA,
     VERSION,
@@ -25,6 +27,7 @@ from event_bus.journal_format import (
 )
 
 SUFFIXES = ("", "-wal", "-shm")
+START_BUSY_MS = 500
 PROBE_BYTES = 64 << 10
 """More than opening needs: a WAL, and the index of it."""
 
@@ -41,6 +44,7 @@ class JournalFile:
 
     def __init__(self, path: Path, *, create: bool = True, origin_seq: int = 1) -> None:
         self.path = path
+        self._had_wal = Path(f"{path}-wal").exists()
         try:
             if create:
                 path.touch(0o600)  # the WAL beside it takes over these rights
@@ -129,7 +133,8 @@ class JournalFile:
     def is_in_place(self) -> bool:
         """False if the file, its -wal or its -shm was removed or replaced since it was opened:
         what is committed then would go with this process."""
-        return self._identities() == self._files
+        now = self._identities()
+        return now == self._files and None not in now  # removed even before it was looked at
 
     def _identities(self) -> list[tuple[int, int] | None]:
         return [_identity(f"{self.path}{suffix}") for suffix in SUFFIXES]
@@ -143,6 +148,7 @@ class JournalFile:
                 with copy.backup("main", self._db, "main") as backup:
                     while not backup.done:
                         backup.step()
+                copy.execute(NOTE_CLOSED)
             finally:
                 copy.close()
         except apsw.Error as e:
@@ -154,7 +160,7 @@ class JournalFile:
         put_in_place()
         try:
             self._connect()
-            self._row("SELECT count(*) FROM sqlite_master")  # opens the WAL
+            self._note_open()
         except apsw.Error as e:
             raise JournalFailed(f"cannot open {self.path}: {e}") from e
         self._files = self._identities()
@@ -203,7 +209,27 @@ class JournalFile:
         except (apsw.Error, OSError):
             return False
 
+    def _note_open(self) -> None:
+        """From here on there is a -wal, and if it is gone without a close, events are."""
+        with database.transaction(self._db):
+            self._db.execute(NOTE_OPEN)
+        self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        """Write and sync what is committed; readers may keep it from truncating the WAL."""
+        self._db.set_busy_timeout(START_BUSY_MS)
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._db.set_busy_timeout(database.BUSY_TIMEOUT_MS)
+
     def close(self) -> None:
+        try:
+            with database.transaction(self._db):
+                self._db.execute(NOTE_CLOSED)
+        except apsw.ConnectionClosedError:
+            return
+        except apsw.Error:
+            # A full or failing disk: the next start goes on with the -wal, which stays.
+            self._db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         self._db.close()
 
     def _meta(self, key: str, default: Any = None) -> Any:

@@ -21,11 +21,11 @@ import msgspec
 
 from event_bus import database
 from event_bus.carve import MAX_GROUP_EVENTS, MAX_SEQ, Carved, Pages, carve, read_batch
-from event_bus.envelope import NATIVE_ID
 from event_bus.errors import JournalDamaged, JournalError, JournalFailed
+from event_bus.id_index import index_stored, places
 from event_bus.journal import Journal
 from event_bus.journal_file import SUFFIXES
-from event_bus.journal_format import LEFT_OUT, LostRange, Run
+from event_bus.journal_format import LEFT_OUT, LostRange
 from event_bus.traces import last_known
 
 log = logging.getLogger(__name__)
@@ -179,13 +179,19 @@ def _go_on_after_what_was_read(
 ) -> None:
     """A sound journal may end too early: its -wal is gone, or it is an older copy."""
     last_stored, stored_id = _last_stored(db)
-    if stored_id not in (None, journal.journal_id):
-        return  # another bus's database; the collector says so
-    told, _ = _told(journal.path, backup_dir, journal.journal_id)
-    end = max([last_stored, told, *(next_seq - 1 for next_seq, _ in journal.consumers().values())])
-    if end <= journal.last_seq:
+    read = [next_seq - 1 for next_seq, _ in journal.consumers().values()]
+    if stored_id in (None, journal.journal_id):  # else another bus's; the collector says so
+        told, _ = _told(journal.path, backup_dir, journal.journal_id)
+        read += [last_stored, told]
+    end = max([journal.last_seq, *read])
+    if end > journal.last_seq:
+        reason = f"it ends at {journal.last_seq}, but events up to {end} were read of it"
+    elif journal.lacks_wal:
+        reason = f"it ends at {end}, was not closed, and has no -wal"
+    else:
         return
-    reason = f"it ends at {journal.last_seq}, but events up to {end} were read of it"
+    if stored_id == journal.journal_id:
+        index_stored(journal, db, journal.last_seq, clock)
     losses = [
         LostRange(first, last, clock(), why, journal.path.name)
         for first, last, why in _lost_tail(journal.last_seq, end, reason)
@@ -233,6 +239,9 @@ def _rebuild(
                     log.error("%s", new)
 
             _copy(carved, pages, journal, lose)
+            if _identity(carved, stored_id) in (None, stored_id):
+                ends = (first + place[2] - 1 for first, place in carved.batches.items())
+                index_stored(journal, db, max(ends, default=0), clock)
             if journal.last_seq < proven:  # what was lost at its end, or damaged there
                 lose(journal.last_seq + 1, proven)
             if not carved.batches and not carved.end():
@@ -293,32 +302,11 @@ def _copy(
         if first_seq > journal.last_seq + 1:
             lose(journal.last_seq + 1, first_seq - 1)
         batch = read_batch(pages, first_seq, carved.batches[first_seq])
-        runs, opaque_ids = _ids(batch.body, journal)
+        ids = (msgspec.json.decode(quoted, type=str) for quoted in _EVENT_ID.findall(batch.body))
+        runs, opaque_ids = places(enumerate(ids), journal)
         journal.append(
             [batch.body], batch.count, batch.received_at, runs=runs, opaque_ids=opaque_ids
         )
-
-
-def _ids(body: bytes, journal: Journal) -> tuple[list[Run], list[tuple[str, int]]]:
-    """What a batch adds to the index of ids, as `Journal.append` takes it."""
-    runs: list[Run] = []
-    opaque_ids: list[tuple[str, int]] = []
-    for index, quoted in enumerate(_EVENT_ID.findall(body)):
-        event_id = msgspec.json.decode(quoted, type=str)
-        native = NATIVE_ID.fullmatch(event_id)
-        if native is None:
-            if journal.seq_of_opaque(event_id) is None:
-                opaque_ids.append((event_id, index))
-            continue
-        producer, n = journal.producer(native[1]), int(native[2])
-        if runs and runs[-1][0] is producer and runs[-1][2] == n - 1:
-            runs[-1] = (producer, runs[-1][1], n, runs[-1][3])
-        elif journal.seq_of_native(producer, n) is None:
-            runs.append((producer, n, n, index))
-        if not producer.last_n:  # no row of it: what came before was trimmed, or is lost
-            producer.forgotten_n = n - 1
-        producer.last_n = max(producer.last_n, n)
-    return runs, opaque_ids
 
 
 def _identity(carved: Carved, stored_id: str | None) -> str | None:

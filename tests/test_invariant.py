@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 import sqlite3
+import struct
+import zlib
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import System
-from invariant import Verdict, check
+from invariant import Lost, Verdict, check
 from record import Record, RecordWriter
 
 EVENTS = 10
@@ -43,7 +46,7 @@ class Finished:
             self.record[field] = EVENTS
         self.record["finished"] = self.record["flushed"] = 1
 
-    def check(self, *lost: tuple[int, int]) -> Verdict:
+    def check(self, lost: Lost | None = None) -> Verdict:
         settings = self.settings
         return check(
             journal=settings.journal,
@@ -53,13 +56,13 @@ class Finished:
             lost=lost,
         )
 
-    def in_database(self, sql: str) -> None:
+    def in_database(self, sql: str) -> list[Any]:
         with closing(sqlite3.connect(self.settings.db)) as db, db:
-            db.execute(sql)
+            return db.execute(sql).fetchall()
 
-    def in_journal(self, sql: str) -> None:
+    def in_journal(self, sql: str) -> list[Any]:
         with closing(sqlite3.connect(self.settings.journal)) as db, db:
-            db.execute(sql)
+            return db.execute(sql).fetchall()
 
 
 @pytest.fixture
@@ -75,7 +78,7 @@ def test_what_is_whole_passes_and_is_counted(finished: Finished) -> None:
     assert (figures.waiting, figures.dropped, figures.duplicates, figures.holes) == (0, 0, 0, 0)
 
 
-FAULTS: dict[str, tuple[Callable[[Finished], None], str]] = {
+FAULTS: dict[str, tuple[Callable[[Finished], Any], str]] = {
     "an acknowledged event is missing": (
         lambda f: f.record.__setitem__("acked", EVENTS + 1),
         "1 acknowledged events of record are not stored",
@@ -150,7 +153,8 @@ def test_fault_is_seen(finished: Finished, fault: str) -> None:
 def test_gap_does_not_excuse_a_hole_elsewhere(finished: Finished) -> None:
     finished.in_database("DELETE FROM _event WHERE n = 5")
     finished.in_database("INSERT INTO _gap (first_seq, last_seq, found_at) VALUES (1, 3, 0)")
-    assert "1 seqs are missing in the database" in "\n".join(finished.check((1, 3)).breaches)
+    breaches = "\n".join(finished.check(Lost(gaps=[(1, 3)])).breaches)
+    assert "1 seqs are missing in the database" in breaches
 
 
 def test_load_that_published_nothing_proves_nothing(finished: Finished) -> None:
@@ -165,4 +169,55 @@ def test_gap_that_the_drill_expects_is_allowed(finished: Finished) -> None:
         " SELECT max(seq) + 1, max(seq) + 2, 0 FROM _event"
     )
     finished.in_journal("DELETE FROM batch")
-    assert not finished.check((1, 1_000)).breaches
+    assert not finished.check(Lost(gaps=[(1, 1_000)])).breaches
+
+
+def cut(finished: Finished, *, is_named: bool) -> tuple[int, int]:
+    """Journal and database go on with one event after seqs that neither has; those seqs."""
+    ((last,),) = finished.in_database("SELECT max(seq) FROM events")
+    hole = last + 1, last + 100
+    seq, body = last + 101, b'{"event_id":"behind"}\n'
+    crc = zlib.crc32(body, zlib.crc32(struct.pack("<qqd", seq, 1, 0.0)))
+    finished.in_journal(f"INSERT INTO batch VALUES ({seq}, 1, 0.0, {crc}, x'{body.hex()}')")
+    if is_named:
+        for first, until in ((hole[0], hole[0] + 9), (hole[0] + 10, hole[1])):
+            finished.in_journal(f"INSERT INTO lost_range VALUES ({first}, {until}, 0.0, '', '', 1)")
+    finished.in_database(
+        f"INSERT INTO _event SELECT {seq}, type, timestamp, NULL, NULL, NULL, NULL, NULL, 'behind',"
+        " data FROM _event WHERE n = 5"
+    )
+    finished.in_database(
+        f"INSERT INTO _gap (first_seq, last_seq, found_at) VALUES ({hole[0]}, {hole[1]}, 0)"
+    )
+    return hole
+
+
+def test_cut_that_is_expected_and_named_is_allowed(finished: Finished) -> None:
+    hole = cut(finished, is_named=True)
+    assert finished.check(Lost(gaps=[hole], cuts=[hole])).breaches == []
+
+
+def test_cut_that_the_journal_does_not_name_is_seen(finished: Finished) -> None:
+    hole = cut(finished, is_named=False)
+    breaches = "\n".join(finished.check(Lost(gaps=[hole], cuts=[hole])).breaches)
+    assert f"the journal does not name seq {hole[0]} to {hole[1]} as lost" in breaches
+
+
+@pytest.mark.parametrize("more", [-1, 1])
+def test_cut_that_is_not_the_expected_one_is_seen(finished: Finished, more: int) -> None:
+    first, last = cut(finished, is_named=True)
+    breaches = finished.check(Lost(gaps=[(first, last)], cuts=[(first, last + more)])).breaches
+    assert re.search(f"the journal goes from seq {first - 1} to {last + 1}", "\n".join(breaches))
+
+
+@pytest.mark.parametrize(("n", "expected"), [(11, ""), (12, "1 acknowledged events")])
+def test_destroyed_event_excuses_itself_and_no_other(
+    finished: Finished, n: int, expected: str
+) -> None:
+    for field in ("attempted", "returned", "acked"):
+        finished.record[field] = EVENTS + 1
+    token = Record(finished.path).token
+    verdict = finished.check(Lost(ids={f"{token}-{n}"}))
+    assert bool(verdict.breaches) == bool(expected)
+    assert re.search(expected, "\n".join(verdict.breaches))
+    assert verdict.figures.lost == 1

@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -16,11 +17,13 @@ from disks import small_disk
 from system import System, wait_until
 
 from collector.audit import audit
-from event_bus import database
+from event_bus import database, envelope
 from event_bus.carve import Pages, carve, read_batch
+from event_bus.envelope import Envelope
 from event_bus.errors import JournalDamaged, JournalError, JournalFailed, JournalFull
 from event_bus.journal import DamagedBatch, Journal
 from event_bus.journal_format import PAGE_BYTES, Batch, LostRange
+from event_bus.protocol import Client
 from event_bus.recovery import SPARE_SEQS, mark_damaged, open_journal, put_back
 
 TOKEN = "0123456789abcdef0123"
@@ -708,3 +711,81 @@ def test_wal_removed_under_a_running_bus_costs_nothing_when_it_is_killed(system:
     assert status is not None
     assert status["last_seq"] >= 1_100
     assert [p["code"] for p in status["problems"]] == []
+
+
+def test_wal_that_nobody_had_read_is_missed_by_the_next_start(system: System) -> None:
+    bus = system.start_bus()
+    assert system.script(PUBLISH, "1000").returncode == 0
+    bus.kill()
+    bus.wait()
+    Path(f"{system.settings.journal}-wal").unlink()
+    bus = system.start_bus()
+    system.start_collector()
+    assert system.wait_stored() > SPARE_SEQS
+    (lost,) = system.sql("SELECT first_seq, last_seq, reason FROM journal_loss")
+    assert lost[:2] == (1, SPARE_SEQS)
+    assert "was not closed, and has no -wal" in lost[2]
+    bus.terminate()
+    assert bus.wait(10) == 0
+    Path(f"{system.settings.journal}-wal").unlink(missing_ok=True)
+    system.start_bus()
+    system.wait_stored()
+    assert len(system.sql("SELECT * FROM journal_loss")) == 1
+
+
+def test_restored_or_copied_journal_is_closed(path: Path, kept: dict[int, Batch]) -> None:
+    journal = Journal(path)
+    copy = path.with_name("copy.db")
+    journal.copy_to(copy)
+    journal.close()
+    for file in (path, copy):
+        again = Journal(file)
+        assert not again.lacks_wal
+        again.close()
+
+
+def resend(system: System, lines: bytes) -> dict[str, Any]:
+    client = Client(system.settings)
+    try:
+        return client.publish(lines, 10.0)
+    finally:
+        client.close()
+
+
+@pytest.mark.parametrize("gone", ["-wal", "journal"])
+def test_what_only_the_database_has_left_is_recognised_when_it_is_sent_again(
+    system: System, gone: str
+) -> None:
+    token = envelope.new_producer()
+    ids = [f"{token}-{n}" for n in range(1, 101)] + [f"order {n}" for n in range(100)]
+    lines = b"".join(
+        envelope.encode(
+            Envelope(event_id=i, event_type="user_action", timestamp=1.0, data={"action": "x"})
+        )
+        + b"\n"
+        for i in ids
+    )
+    bus, collector = system.start_bus(), system.start_collector()
+    assert resend(system, lines)["accepted"] == 200
+    system.wait_stored()
+    for daemon in (bus, collector):
+        daemon.kill()
+        daemon.wait()
+    for suffix in ("-wal",) if gone == "-wal" else ("", "-wal", "-shm"):
+        Path(f"{system.settings.journal}{suffix}").unlink()
+    system.start_bus()
+    system.start_collector()
+    assert resend(system, lines)["duplicates"] == 200
+    assert resend(system, lines.replace(b'-100"', b'-101"'))["accepted"] == 1
+    system.wait_stored()
+    count = "SELECT count(*), count(DISTINCT event_id) FROM events WHERE event_type = 'user_action'"
+    assert system.sql(count) == [(201, 201)]
+
+
+def test_wal_removed_again_and_again_is_back_within_seconds(system: System) -> None:
+    system.start_bus()
+    assert system.script(PUBLISH, "100").returncode == 0
+    wal = Path(f"{system.settings.journal}-wal")
+    for _ in range(3):
+        wal.unlink()  # right after the bus has looked
+        wait_until(wal.exists, "the -wal is there again", timeout_s=3)

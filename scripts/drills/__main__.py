@@ -19,6 +19,7 @@ COLUMNS = {
     "waiting": "waiting",
     "killed": "killed",
     "dropped": "dropped",
+    "lost": "lost",
     "duplicates": "dupl.",
     "holes": "holes",
 }

@@ -5,6 +5,7 @@ import clocks
 import damage
 import duplicates
 import exits
+import files
 import hangs
 import kills
 import later
@@ -27,6 +28,7 @@ THEMES = (
     damage,
     duplicates,
     exits,
+    files,
     hangs,
     kills,
     later,

@@ -45,7 +45,7 @@ from pathlib import Path
 from typing import Any
 
 from daemons import Up, with_fault
-from invariant import Verdict, check
+from invariant import Lost, Verdict, check
 from load import Load
 from system import System, wait_until
 
@@ -113,8 +113,7 @@ class Trial:
         self.system = System(directory / "home")
         self.up: Up | None = None
         self.load: Load | None = None
-        self.lost: list[tuple[int, int]] = []
-        """Ranges of seq that this drill's fault destroys: they may be gaps of the database."""
+        self.lost = Lost()
         self.breaches: list[str] = []
         self.notes: dict[str, Any] = {}
         self.verdict: Verdict | None = None
@@ -270,7 +269,8 @@ def run(chosen: Drill, *, seed: int, short: bool, length: float, planted: bool) 
         result.breaches = trial.verdict.breaches
     result.breaches = trial.breaches + result.breaches
     if planted:
-        found = any(chosen.breaks in text for text in result.breaches)
+        result.breaches.sort(key=lambda text: chosen.breaks not in text)  # its own words first
+        found = result.breaches and chosen.breaks in result.breaches[0]
         result.result = "BROKEN" if found else "missed"
     else:
         result.result = "BROKEN" if result.breaches else "held"

@@ -29,9 +29,10 @@ MAX_BREACHES = 20
 class Figures:
     """Of events. `published` are calls that gave an id back, `acked` those the bus promised to
     keep, `waiting` acked by nobody yet and in memory or spool, `killed` those that were in the
-    memory of a publisher that was SIGKILLed (not promised), `dropped` counted by the bridges;
-    `stored` rows of publishers, `duplicates` ids stored more than once, `holes` seqs that are
-    missing and were not reported lost."""
+    memory of a publisher that was SIGKILLed (not promised), `dropped` counted by the bridges,
+    `lost` those that the drill's fault destroyed, as it says itself; `stored` rows of publishers,
+    `duplicates` ids stored more than once, `holes` seqs that are missing and were not reported
+    lost."""
 
     published: int = 0
     acked: int = 0
@@ -39,12 +40,27 @@ class Figures:
     waiting: int = 0
     killed: int = 0
     dropped: int = 0
+    lost: int = 0
     refused: int = 0
     duplicates: int = 0
     holes: int = 0
     slow_calls: int = 0
     slowest_call_ms: float = 0.0
     slowest_blocked_ms: float = 0.0
+
+
+@dataclass
+class Lost:
+    """What the drill's fault destroys, to the event. Nothing else may be missing.
+
+    `gaps` are the ranges of seq that the database may lack, if it names them in `_gap`; `cuts`
+    those that the journal may lack between two batches, if it names them in `lost_range`; `ids`
+    the acknowledged events that were nowhere else.
+    """
+
+    gaps: list[tuple[int, int]] = field(default_factory=list)
+    cuts: list[tuple[int, int]] = field(default_factory=list)
+    ids: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -59,16 +75,15 @@ def check(
     db: Path,
     spool: Path,
     records: Iterable[Record] | None,
-    lost: Iterable[tuple[int, int]] = (),
+    lost: Lost | None = None,
 ) -> Verdict:
     """Compare everything. Call it when all publishers have ended and both daemons are stopped.
 
-    `lost` are ranges of seq that the drill expects to be reported as lost: they may be missing in
-    the database if it names them in `_gap`, and only then. `records` is None if the drill has
-    publishers of its own; a load that published nothing is a breach.
+    `records` is None if the drill has publishers of its own; a load that published nothing is a
+    breach.
     """
     verdict = Verdict()
-    lost = list(lost)
+    lost = lost or Lost()
     with _open(db) as database:
         _check_integrity(database, db, verdict)
         stored = list(database.execute("SELECT seq, event_id, event_type FROM events ORDER BY seq"))
@@ -78,7 +93,7 @@ def check(
         # Without an id is what could not be read, such as the line that a kill cut short.
         refused = {i for (i,) in database.execute("SELECT event_id FROM rejected_events") if i}
         gaps = list(database.execute("SELECT first_seq, last_seq FROM _gap"))
-    _check_seqs([s for s, _, _ in stored], gaps, lost, verdict)
+    _check_seqs([s for s, _, _ in stored], gaps, lost.gaps, verdict)
     ids = Counter(i for _, i, _ in stored)
     twice = [i for i, n in ids.items() if n > 1]
     verdict.figures.duplicates = sum(ids[i] - 1 for i in twice)
@@ -86,11 +101,15 @@ def check(
         _breach(verdict, f"{len(twice)} ids are stored more than once, such as {twice[0]}")
     with _open(journal) as log:
         _check_integrity(log, journal, verdict)
-        _check_journal(log, {s: i for s, i, _ in stored}, gaps, verdict)
+        _check_journal(log, {s: i for s, i, _ in stored}, gaps, lost.cuts, verdict)
     spooled = _spooled(spool)
     by_token = _by_token(stored)
+    # Not acknowledged when it was destroyed, it was sent again, and is there.
+    gone = lost.ids.difference(ids)
     for record in records or ():
-        _check_publisher(record, by_token.get(record.token, []), calls, refused, spooled, verdict)
+        _check_publisher(
+            record, by_token.get(record.token, []), calls, refused, gone, spooled, verdict
+        )
     if not (stored if records is None else verdict.figures.published):
         _breach(verdict, "nothing was published")
     return verdict
@@ -128,15 +147,28 @@ def _check_seqs(
 
 
 def _check_journal(
-    log: sqlite3.Connection, stored: dict[int, str], gaps: list[tuple[int, int]], verdict: Verdict
+    log: sqlite3.Connection,
+    stored: dict[int, str],
+    gaps: list[tuple[int, int]],
+    cuts: list[tuple[int, int]],
+    verdict: Verdict,
 ) -> None:
     """Its batches follow each other, are what was written, and are what the database has."""
+    named = list(
+        log.execute(
+            "SELECT first_seq, coalesce(last_seq, first_seq) FROM lost_range ORDER BY first_seq"
+        )
+    )
     expected = None
     for first_seq, count, received_at, crc, body in log.execute(
         "SELECT * FROM batch ORDER BY first_seq"
     ):
         if expected is not None and first_seq != expected:
-            _breach(verdict, f"the journal goes from seq {expected - 1} to {first_seq}")
+            hole = (expected, first_seq - 1)
+            if hole not in cuts:
+                _breach(verdict, f"the journal goes from seq {expected - 1} to {first_seq}")
+            elif not _covers(named, *hole):
+                _breach(verdict, f"the journal does not name seq {hole[0]} to {hole[1]} as lost")
         expected = first_seq + count
         lines = body.split(b"\n")[:-1]
         head = zlib.crc32(struct.pack("<qqd", first_seq, count, received_at))
@@ -157,6 +189,14 @@ def _check_journal(
         _breach(verdict, f"the database goes to seq {last}, the journal to {expected - 1}")
 
 
+def _covers(ranges: list[tuple[int, int]], first: int, last: int) -> bool:
+    """Whether ranges, in order, leave nothing out from `first` to `last`."""
+    for low, high in ranges:
+        if low <= first <= high:
+            first = high + 1
+    return first > last
+
+
 def _by_token(stored: list[tuple[int, str, str]]) -> dict[str, list[tuple[int, str, bool]]]:
     """The stored events of each native producer in order of seq: (n, id, is the bridge's own)."""
     result: dict[str, list[tuple[int, str, bool]]] = {}
@@ -173,19 +213,24 @@ def _spooled(spool: Path) -> Counter[str]:
     return Counter({p.stem: p.read_bytes().count(b"\n") for p in spool.glob("*.ndjson")})
 
 
+def _numbers(ids: set[str], token: str) -> set[int]:
+    """n of the ids of this producer."""
+    return {int(i[21:]) for i in ids if token and i.startswith(f"{token}-")}
+
+
 def _check_publisher(
     record: Record,
     stored: list[tuple[int, str, bool]],
     calls: dict[str, Any],
     refused: set[str],
+    destroyed: set[str],
     spooled: Counter[str],
     verdict: Verdict,
 ) -> None:
     name = record.path.name
     numbers = [n for n, _, _ in stored]
-    kept = set(numbers) | {
-        int(i[21:]) for i in refused if i.startswith(f"{record.token}-") and record.token
-    }
+    excused = _numbers(destroyed, record.token)
+    kept = set(numbers) | _numbers(refused, record.token) | excused
     own = sum(1 for _, _, is_own in stored if is_own)
     mine = len(stored) - own
     overflowed = record["attempted"] - record["returned"] - record["refused"]
@@ -232,6 +277,7 @@ def _check_publisher(
     figures.waiting += waiting
     figures.killed += 0 if record["finished"] else max(0, gone)
     figures.dropped += record["dropped"]
+    figures.lost += len(excused)
     figures.refused += record["refused"]
     figures.slow_calls += record["slow"]
     figures.slowest_call_ms = max(figures.slowest_call_ms, record["slowest_us"] / 1000)
