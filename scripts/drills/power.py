@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import signal
 import sqlite3
@@ -53,9 +54,12 @@ def power_loss(trial: Trial) -> None:
     wait_until(trial.all_stored, "the database holds all of the journal")
     caught_up_ns = time.monotonic_ns()
     wait_until(lambda: _status(system)["first_seq"] > away_from, "the journal is cut behind it")
-    for daemon in (collector, bus):
-        daemon.send_signal(signal.SIGTERM)
-        assert daemon.wait(10) == 0, daemon.communicate()[0]
+    # The bus first: an event of its own must not come between the collector's end and its own.
+    bus.send_signal(signal.SIGTERM)
+    assert bus.wait(10) == 0, bus.communicate()[0]
+    wait_until(lambda: trial.last_stored() == _last_seq(system), "its last event is stored")
+    collector.send_signal(signal.SIGTERM)
+    assert collector.wait(10) == 0, collector.communicate()[0]
     trial.check()
     _examine(trial, load(sorted(trial.directory.glob(f"{record.name}-*"))), caught_up_ns)
 
@@ -64,6 +68,12 @@ def _status(system: System) -> dict[str, Any]:
     status = system.status()
     assert status is not None, "the bus does not answer"
     return status
+
+
+def _last_seq(system: System) -> int:
+    """Of a journal whose bus has ended."""
+    with contextlib.closing(sqlite3.connect(system.settings.journal)) as db:
+        return int(db.execute("SELECT max(first_seq + count - 1) FROM batch").fetchone()[0])
 
 
 def _examine(trial: Trial, ops: list[Op], caught_up_ns: int) -> None:
