@@ -146,11 +146,7 @@ class Consumer:
             return
         cursor = Cursor(next_seq=last_seq, wait_ms=0)
         try:
-            batches = cursor.take(
-                self._client.receive(
-                    self._client.send(protocol.FETCH, cursor.request()), PATIENCE_S
-                )
-            )
+            batches = self._take(self._client.send(protocol.FETCH, cursor.request()), cursor)
         except TrimmedRange:
             return
         is_own = cursor.journal_id == self._keeper.do(lambda store: store.journal_id)
@@ -172,18 +168,23 @@ class Consumer:
 
     def _receive(self, request: bytes, cursor: Cursor) -> list[Batch]:
         try:
-            batches = cursor.take(self._client.receive(request, PATIENCE_S))
+            batches = self._take(request, cursor)
         except TrimmedRange as e:
             self._fill_in(e, cursor)
             return []
-        except BusRefused as e:
-            if e.code == "ahead":
-                self._refuse(e)
-            raise
         self._bus_answers()
         if cursor.journal_id != self._journal_id:
             self._accept(cursor.journal_id)
         return batches
+
+    def _take(self, request: bytes, cursor: Cursor) -> list[Batch]:
+        """Raises DatabaseError if what is stored goes beyond the end of the journal."""
+        try:
+            return cursor.take(self._client.receive(request, PATIENCE_S))
+        except BusRefused as e:
+            if e.code == "ahead":
+                self._refuse(e)
+            raise
 
     def _accept(self, journal_id: str) -> None:
         """Take the journal for the one that fills this database, or for its successor."""

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from pathlib import Path
 
 import apsw
 
+from collector import wal
 from event_bus import database
 
 PAUSE_S = 5.0
 SHARE = 0.01
 """Of one core's time that looking may take."""
+
+STEPS = 10_000
+"""Pages and rows between two looks at whether to go on; some milliseconds."""
+
+MAX_WAL_BYTES = wal.MAX_WAL_BYTES // 2
+"""Above this it may not grow while one looks; it is a problem from twice that on."""
 
 
 class Inspection:
@@ -20,15 +28,14 @@ class Inspection:
 
     `damage` is what it found, empty as long as that is nothing. A small database is looked at
     every five seconds, a large one as often as a hundredth of one core's time allows. It sees
-    broken pages; a changed value in a whole page it cannot see.
+    broken pages; a changed value in a whole page it cannot see. The log cannot be emptied while
+    it reads: where that grows meanwhile, it gives way, and tries again later.
     """
 
     def __init__(self, path: Path) -> None:
         self.damage = ""
         self._path = path
         self._closing = threading.Event()
-        self._db: apsw.Connection | None = None
-        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="inspection", daemon=True)
         self._thread.start()
 
@@ -41,27 +48,23 @@ class Inspection:
             except (apsw.NotADBError, apsw.CorruptError) as e:
                 self.damage = str(e)
             except apsw.Error:
-                pass  # locked, removed, interrupted: the writer tells, or the next look does
+                pass  # locked, removed, given way: the writer tells, or the next look does
             pause_s = max(PAUSE_S, (time.monotonic() - began) / SHARE)
 
     def _look(self) -> None:
+        # It keeps the size that it has had once, so that only a larger one says that it grows.
+        most_wal_bytes = max(MAX_WAL_BYTES, wal.wal_bytes(self._path))
+
+        def gives_way() -> bool:
+            return self._closing.is_set() or wal.wal_bytes(self._path) > most_wal_bytes
+
         # A connection of its own each time: what an older one has cached would hide the damage.
-        db = database.connect(self._path, database.READ_ONLY)
-        with self._lock:
-            self._db = db
-        try:
-            if not self._closing.is_set():
-                (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone() or ("ok",)
-                if verdict != "ok":
-                    self.damage = " ".join(str(verdict).split())
-        finally:
-            with self._lock:
-                self._db = None
-            db.close()
+        with contextlib.closing(database.connect(self._path, database.READ_ONLY)) as db:
+            db.set_progress_handler(gives_way, STEPS)
+            (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone() or ("ok",)
+            if verdict != "ok":
+                self.damage = " ".join(str(verdict).split())
 
     def close(self) -> None:
         self._closing.set()
-        with self._lock:
-            if self._db is not None:
-                self._db.interrupt()
         self._thread.join()

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from collector import inspection, wal
 from collector import store as store_module
 from collector.store import Store
 from event_bus.envelope import Envelope, decode_lines, encode_lines
@@ -474,3 +475,31 @@ def test_rejection_whose_raw_is_no_base64_is_kept_as_it_is(store: Store, bad: st
     assert by_program(store.path, "SELECT raw FROM rejected_events") == [bad]
     (stored,) = by_program(store.path, "SELECT data FROM events")
     assert json.loads(stored) == data
+
+
+def test_looking_for_damage_gives_way_to_a_log_that_grows_and_is_done_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspection, "STEPS", 1)
+    monkeypatch.setattr(inspection, "MAX_WAL_BYTES", 1)
+    store = Store(tmp_path / "events.db", REGISTRY)
+    write(store, *(tick() for _ in range(200)))
+    before = wal.wal_bytes(store.path)
+    looks = iter([before, *[before] * 5, before + 1])
+    ends: list[str] = []
+
+    class Look(inspection.Inspection):
+        def _run(self) -> None:
+            for _ in range(2):
+                try:
+                    self._look()
+                    ends.append("done")
+                except apsw.InterruptError:
+                    ends.append("gave way")
+
+    monkeypatch.setattr(inspection.wal, "wal_bytes", lambda path: next(looks, before + 1))
+    look = Look(store.path)
+    look._thread.join()
+    look.close()
+    assert ends == ["gave way", "done"]
+    store.close()
