@@ -53,7 +53,10 @@ class Inspection:
             if not self._closing.is_set():
                 (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone() or ("ok",)
                 if verdict != "ok":
-                    self.damage = " ".join(str(verdict).split())
+                    lines = str(verdict).splitlines()
+                    if len(lines) > 1 and lines[0].startswith("***"):  # which database of one
+                        del lines[0]
+                    self.damage = " ".join(" ".join(lines).split())
         finally:
             with self._lock:
                 self._db = None

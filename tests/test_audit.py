@@ -133,7 +133,7 @@ def test_events_dropped_by_a_full_spool_are_counted_to_the_event(rested: System)
     assert flood.stored == 100 - flood.dropped + 1  # and the account of the loss
     assert ledger.lost == ledger.dropped == flood.dropped
     assert ledger.verdict == (
-        f"{flood.dropped} lost: {flood.dropped} dropped by bridges that reached their bounds"
+        f"{flood.dropped} lost: {flood.dropped} dropped before they reached the bus"
         f" ({flood.dropped} of flood)"
     )
     done = rested.bitten("audit")
