@@ -225,6 +225,7 @@ def settle_missing(accounts: Iterable[Account], missing: int) -> None:
     for a in accounts:
         found = min(a.overtaken, missing)
         missing -= found
+        a.overtaken -= found
         a.missing += found
         a.acked += found
         for name in ("unaccounted", "undecided", "in_memory"):

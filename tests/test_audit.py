@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 from conftest import System, wait_until
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from collector import vouched
@@ -618,6 +618,12 @@ STEPS = st.lists(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(steps=STEPS)
+@example(  # a row is deleted, and then the journal forgets whose it was
+    steps=[
+        *(("publish", 1, 1), ("collect", 1), ("publish", 0, 1), ("collect", 1)),
+        *(("delete", 0), ("audit",), ("trim", 2)),
+    ]
+)
 def test_step_by_step_counts_the_same_as_all_at_once(
     steps: list[tuple[Any, ...]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
