@@ -63,7 +63,10 @@ class Inspection:
             db.set_progress_handler(gives_way, STEPS)
             (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone() or ("ok",)
             if verdict != "ok":
-                self.damage = " ".join(str(verdict).split())
+                lines = str(verdict).splitlines()
+                if len(lines) > 1 and lines[0].startswith("***"):  # which database of one
+                    del lines[0]
+                self.damage = " ".join(" ".join(lines).split())
 
     def close(self) -> None:
         self._closing.set()

@@ -46,6 +46,9 @@ class Renewed(Exception):
     """The database is another file now: go on after what that one holds."""
 
 
+_AUDIT = "`bitten audit` says whether anything is lost"
+
+
 class Keeper:
     """Owns the store. `problem` is what keeps the collector from storing more, or what was wrong
     lately; empty if nothing is. The watchdog hears of every turn and every wait; it expects nothing
@@ -126,7 +129,7 @@ class Keeper:
         self.do(self._look_at_files)
         self._lock.keep()
         if self._news and not lag and now >= self._news_until:
-            log.info("the database is complete again")
+            log.info("the database has all that the journal has again; %s", _AUDIT)
             self._news = ""
         if now >= self._wal_due:
             self._wal_due = now + WAL_S
@@ -201,7 +204,9 @@ class Keeper:
     def _look_at_files(self, store: Store) -> None:
         store.check_file()
         if self._inspection is not None and self._inspection.damage:
-            raise DatabaseCorrupt(f"{self._path} is damaged: {self._inspection.damage}")
+            raise DatabaseCorrupt(
+                f"{self._path} is damaged (SQLite says: {self._inspection.damage})"
+            )
 
     def _look_at_wal(self) -> None:
         size = wal.wal_bytes(self._path)
@@ -224,8 +229,8 @@ class Keeper:
         self._let_go()
         moved = self._move_aside(CORRUPT)
         self._tell(
-            f"{error}; it is {moved} now, and a new one is filled from the journal;"
-            " what neither of them has, a backup may: `bitten restore --only database`"
+            f"{error}; it was put aside as {moved}, and a new one is filled from the journal;"
+            f" {_AUDIT}; if so, a backup may have it: `bitten restore --only database`"
         )
         self._retry(self._open)
 
@@ -250,16 +255,22 @@ class Keeper:
                 spare = None
         self._let_go()
         if spare is None:
-            self._tell(f"{error}; going on with what is there now")
+            self._tell(f"{error}; going on with what is there now; {_AUDIT}")
         elif ours or not self._is_there():
             # What is left of it beside the file would not fit the copy.
             self._move_aside(REPLACED)
             spare.replace(self._path)
-            self._tell(f"{error}; what it held is there again")
+            self._tell(
+                f"{error}; nothing is lost: what it held is there again; find out what removes"
+                " files there"
+            )
         else:
             kept = name_aside(self._path, REPLACED, time.time())
             spare.replace(kept)
-            self._tell(f"{error}; going on with what is there now, what it held is {kept}")
+            self._tell(
+                f"{error}; going on with what is there now; what it held is kept as {kept}, and"
+                f" fetched from there if the journal no longer has it; {_AUDIT}"
+            )
         self.open()
 
     def _copy(self) -> None:

@@ -225,6 +225,7 @@ def settle_missing(accounts: Iterable[Account], missing: int) -> None:
     for a in accounts:
         found = min(a.overtaken, missing)
         missing -= found
+        a.overtaken -= found
         a.missing += found
         a.acked += found
         for name in ("unaccounted", "undecided", "in_memory"):
@@ -258,7 +259,7 @@ def verdict(accounts: Sequence[Account], ranges: Sequence[Range]) -> tuple[int, 
     dropped = sum(a.dropped for a in accounts)
     if dropped:
         whose = [f"{a.dropped} of {_name(a)}" for a in by_source(accounts) if a.dropped]
-        parts.append(f"{dropped} dropped by bridges that reached their bounds ({_some(whose)})")
+        parts.append(f"{dropped} dropped before they reached the bus ({_some(whose)})")
     words = {
         "gap": "gone from the journal before they were stored",
         "hole": "missing in the database",

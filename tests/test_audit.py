@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 from conftest import System, wait_until
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from collector import vouched
@@ -134,7 +134,7 @@ def test_events_dropped_by_a_full_spool_are_counted_to_the_event(rested: System)
     assert flood.stored == 100 - flood.dropped + 1  # and the account of the loss
     assert ledger.lost == ledger.dropped == flood.dropped
     assert ledger.verdict == (
-        f"{flood.dropped} lost: {flood.dropped} dropped by bridges that reached their bounds"
+        f"{flood.dropped} lost: {flood.dropped} dropped before they reached the bus"
         f" ({flood.dropped} of flood)"
     )
     done = rested.bitten("audit")
@@ -619,6 +619,12 @@ STEPS = st.lists(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(steps=STEPS)
+@example(  # a row is deleted, and then the journal forgets whose it was
+    steps=[
+        *(("publish", 1, 1), ("collect", 1), ("publish", 0, 1), ("collect", 1)),
+        *(("delete", 0), ("audit",), ("trim", 2)),
+    ]
+)
 def test_step_by_step_counts_the_same_as_all_at_once(
     steps: list[tuple[Any, ...]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -317,7 +317,7 @@ def test_rows_that_only_a_removed_database_had_are_kept(
     before = everything(older)
     fault(older.db)
     said(collector, "was removed or replaced")
-    said(collector, "what it held is there again")
+    said(collector, "nothing is lost: what it held is there again")
     publish(older, 10)
     older.wait_stored()
     assert everything(older)[: len(before)] == before
@@ -492,5 +492,8 @@ def test_damage_is_found_though_nothing_is_written(collected: System) -> None:
     collector = collected.start_collector()
     said(collector, "storing into")
     overwrite_middle(collected.db)
-    assert "is damaged" in said(collector, "a new one is filled from the journal")
+    told = said(collector, "a new one is filled from the journal")
+    assert "is damaged" in told
+    assert "`bitten audit` says whether anything is lost" in told
+    assert "***" not in told
     assert_database_is_the_journal(collected)

@@ -94,6 +94,9 @@ def test_journal_removed_and_put_back_is_told_for_a_while(bus: System) -> None:
     wait_until(lambda: "journal_put_back" in codes(bus), "status says what happened")
     status = bus.bitten("status")
     assert "is there again" in status.stdout
+    assert "nothing is lost" in status.stdout
+    doctor = bus.bitten("doctor")
+    assert "warning  bus-problems: the bus says journal_put_back" in doctor.stdout
 
 
 def test_collector_that_cannot_start_does_not_stop_the_bus(system: System) -> None:

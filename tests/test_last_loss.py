@@ -72,7 +72,7 @@ def test_events_lost_at_the_end_of_a_process_on_a_full_disk_are_counted(rested: 
         done = rested.bitten("audit")
         assert done.returncode == 1
         assert done.stdout.splitlines()[-1] == (
-            "5 lost: 5 dropped by bridges that reached their bounds (5 of short)"
+            "5 lost: 5 dropped before they reached the bus (5 of short)"
         )
         rested.start_bus()
         rested.start_collector()

@@ -22,6 +22,9 @@ from event_bus.errors import KeysError
 from event_bus.settings import Settings
 from event_bus.version import __version__
 
+PUT_RIGHT = {"journal_put_back"}
+"""Codes of what is over and has cost no event."""
+
 TOLD_ELSEWHERE = {"consumer_stalled", "journal_held", "schema_problem"}
 """Codes of what the checks `lag` and `schemas` see for themselves."""
 
@@ -35,7 +38,7 @@ COMMANDS = {
     "storage_full": "df -h {home}",
     "journal_damaged": "{bitten} audit",
     "journal_recovered": "{bitten} audit; dmesg | tail -50",
-    "consumer_problem": "df -h {db}; pm2 logs data_collector --lines 50 --nostream",
+    "consumer_problem": "{bitten} audit; df -h {db}; pm2 logs data_collector --lines 50 --nostream",
     "clock_back": "timedatectl",
     "keys_problem": "{bitten} keys list",
 }
@@ -224,7 +227,7 @@ def problems(context: Context) -> Iterator[Finding]:
     """What the bus itself says is wrong."""
     found = [p for p in context.bus()["problems"] if p["code"] not in TOLD_ELSEWHERE]
     for problem in found:
-        yield fault(
+        yield (warning if problem["code"] in PUT_RIGHT else fault)(
             f"the bus says {problem['code']}: {problem['message']}",
             why=f"since {moment(problem['since'])}",
             remedy=problem["remedy"],
