@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import atexit
-import base64
 import contextlib
 import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from event_bus import envelope
+from event_bus.accounts import Loss, refusal
+from event_bus.correlation import current as current_correlation
 from event_bus.envelope import MAX_EVENT_BYTES, Envelope
 from event_bus.errors import RejectedEvent
 from event_bus.event_schema import BRIDGE_LOSS, OWN_TYPES, REJECTION, Registry
 from event_bus.outbox import Outbox
 from event_bus.plain import (
-    as_rejection,
-    as_sent,
     as_text,
     plain_data,
     plain_name,
@@ -38,9 +36,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("event_bus.bridge")
 
 LOG_INTERVAL_S = 60.0
-MAX_RAW_BYTES = 700 << 10
-"""What is kept of a refused event: it travels in base64 within the limit of an event."""
-
 CLOSE_TIMEOUT_S = 1.0
 """For what is on its way when the process ends. pm2 kills 1.6 s after it has asked to stop."""
 
@@ -50,17 +45,6 @@ BATCH_EVENTS = 2_000
 BATCH_BYTES = 512 << 10
 
 _NO_ID = b'{"event_id":"-",'
-
-_correlation: ContextVar[str | None] = ContextVar("bitten_correlation", default=None)
-
-
-class _Loss(msgspec.Struct):
-    """Events dropped since the bus was last told."""
-
-    reason: str
-    first_at: float
-    last_at: float
-    events: int = 0
 
 
 class Bridge:
@@ -106,7 +90,7 @@ class Bridge:
         self.orphans: Orphans | None = None
         self.no_orphans = threading.Event()
         self.last_error = ""
-        self.loss: _Loss | None = None
+        self.loss: Loss | None = None
         self._n = 0
         self._dropped_at_flush = 0
         self._closed = False
@@ -153,7 +137,7 @@ class Bridge:
             if source is not None:
                 fields["source"] = plain_name(source, "source")
             if correlation_id is None or correlation_id == "":
-                correlation_id = _correlation.get()
+                correlation_id = current_correlation.get()
             if user_id is None and type(data) is dict:
                 user_id = data.get("user_id")
             if user_id is not None and user_id != "":
@@ -237,11 +221,9 @@ class Bridge:
         return event_id
 
     def _count_loss(self, events: int, reason: str) -> None:
-        now = time.time()
         if self.loss is None:
-            self.loss = _Loss(reason, now, now)
-        self.loss.events += events
-        self.loss.last_at = now
+            self.loss = Loss(reason)
+        self.loss.add(events)
 
     def lose(self, events: int, reason: str) -> None:
         """Count queued events that can no longer be delivered; the bus is told when it can be."""
@@ -257,14 +239,7 @@ class Bridge:
             dropped_total = self.dropped
         if loss is None:
             return None
-        data = {
-            "producer": self.token,
-            "dropped": loss.events,
-            "dropped_total": dropped_total,
-            "reason": loss.reason[:255],
-            "first_at": loss.first_at,
-            "last_at": loss.last_at,
-        }
+        data = loss.account(self.token, dropped_total)
         fields = {"timestamp": time.time(), "source": self.source}
         return _encode_event(BRIDGE_LOSS, data, fields)
 
@@ -278,24 +253,14 @@ class Bridge:
         try:
             with self.lock:
                 self.refused += 1
-            error = as_rejection(error)
-            name = event_type if isinstance(event_type, str) else as_text(event_type)
-            name = printable(name)[:64]
-            kind = (name if name in self.registry.types else "", error.rule, error.path)
-            self.warn(kind, f"{name} refused: {error}")
-            raw = as_sent({"event_type": event_type, **fields, "data": data})
-            source = printable(fields.get("source", self.source))[:255]
-            rejection = {
-                "reason": str(error),
-                "rule": error.rule,
-                "path": error.path,
-                "value": error.value,
-                "event_type": name,
-                "source": source,
-            }
-            account: dict[str, Any] = {k: v for k, v in rejection.items() if v}
-            account["raw"] = base64.b64encode(raw[:MAX_RAW_BYTES]).decode()
-            account["raw_bytes"] = len(raw)
+            account = refusal(error, event_type, data, fields, self.source)
+            name = account.get("event_type", "")
+            kind = (
+                name if name in self.registry.types else "",
+                account["rule"],
+                account.get("path"),
+            )
+            self.warn(kind, f"{name} refused: {account['reason']}")
             own_fields = {"timestamp": time.time(), "source": self.source}
             self._append(_encode_event(REJECTION, account, own_fields))
         except Exception as e:  # noqa: BLE001 - a refusal must not hurt the caller either
@@ -426,18 +391,6 @@ class Bridge:
     def _next_id(self) -> str:
         self._n += 1
         return f"{self.token}-{self._n}"
-
-
-@contextlib.contextmanager
-def correlation(correlation_id: Any = None) -> Iterator[str]:
-    """Events emitted inside carry this correlation id, a new one if none is given."""
-    value = str(correlation_id) if correlation_id else envelope.new_producer()
-    token = _correlation.set(value)
-    try:
-        yield value
-    finally:
-        with contextlib.suppress(ValueError):  # a generator that another task or thread closes
-            _correlation.reset(token)
 
 
 def _encode_event(event_type: str, data: Any, fields: dict[str, Any]) -> bytes:

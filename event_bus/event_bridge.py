@@ -19,7 +19,7 @@ from typing import Any, Protocol
 if __package__ in (None, ""):  # `from event_bridge import …` from inside the folder
     sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from event_bus.bridge import correlation
+from event_bus.correlation import correlation
 from event_bus.this_process import process_bridge
 
 __all__ = [

@@ -25,7 +25,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from event_bus import envelope
-from event_bus.bridge import Bridge, correlation
+from event_bus.bridge import Bridge
+from event_bus.correlation import correlation
 from event_bus.settings import Settings
 
 TICK = {"symbol": "EURUSD", "bid": 1.08451, "ask": 1.08453}
