@@ -16,7 +16,6 @@ from collector.manifest import Manifest
 from collector.verify import database_facts, journal_facts
 from event_bus import database, recovery
 from event_bus.errors import BackupError
-from event_bus.journal_format import NOTE_CLOSED
 from event_bus.lock import FileLock
 from event_bus.settings import Settings
 
@@ -129,7 +128,6 @@ def _prepare(
             table = "_meta" if name == m.DATABASE else "meta"
             db.execute(f"UPDATE {table} SET value = ? WHERE key = 'journal_id'", (journal_id,))
         if name == m.JOURNAL:
-            db.execute(NOTE_CLOSED)  # the copy is whole without the -wal
             # It was copied after the database, and may be older than a bus keeps events: without
             # this the bus would trim, at its start, what the restored database does not have.
             db.execute(

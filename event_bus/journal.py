@@ -18,7 +18,7 @@ from event_bus.errors import JournalDamaged, JournalError
 from event_bus.journal_file import DAMAGE_HINT, JournalFile
 from event_bus.journal_format import (
     LOST_RANGE,
-    NOTE_OPEN,
+    WAL_HOLDS_MORE,
     Batch,
     LostRange,
     Producer,
@@ -58,17 +58,14 @@ class Journal(JournalFile):
     def _load(self) -> None:
         """Make what the last run committed safe, count this start, and learn where it ends."""
         self._lines: tuple[int, list[bytes]] = (0, [])
-        # After a failed fsync the next can lie: the last commits may be in memory alone. A
-        # checkpoint writes and syncs them anew.
-        self._checkpoint()
-        closed = self._meta("closed_epoch")  # 0.1.0 did not write it
-        self.lacks_wal = not self._had_wal and closed not in (None, self._meta("epoch"))
+        self.lacks_wal = not self._had_wal and self._meta(WAL_HOLDS_MORE) == 1
         """What the last run committed last is gone."""
         with database.transaction(self._db):
             self._db.execute(LOST_RANGE)
             self._db.execute("UPDATE meta SET value = value + 1 WHERE key = 'epoch'")
-            self._db.execute(NOTE_OPEN)
-        self._checkpoint()  # without its -wal the file must know that it was open
+        # After a failed fsync the next can lie: the last commits may be in memory alone. A
+        # checkpoint writes and syncs them anew.
+        self._checkpoint("TRUNCATE")
         self.journal_id: str = self._meta("journal_id")
         self.epoch: int = self._meta("epoch")
         self.origin_seq: int = self._meta("origin_seq", 1)  # 0.1.0 did not write it
@@ -130,6 +127,7 @@ class Journal(JournalFile):
         self.last_seq += count
         for p, *_ in runs:
             p.last_seen = received_at
+        self._keep_wal_short()
         return first_seq
 
     def _insert_ids(

@@ -18,16 +18,16 @@ from event_bus.errors import JournalDamaged, JournalError, JournalFailed, Journa
 from event_bus.journal_format import (
     APPLICATION_ID,
     LOST_RANGE,
-    NOTE_CLOSED,
-    NOTE_OPEN,
     PAGE_BYTES,
     SCHEMA,
     VERSION,
+    WAL_HOLDS_MORE,
     is_damage,
 )
 
 SUFFIXES = ("", "-wal", "-shm")
-START_BUSY_MS = 500
+CHECKPOINT_PAGES = 4_000
+CHECKPOINT_BUSY_MS = 500
 PROBE_BYTES = 64 << 10
 """More than opening needs: a WAL, and the index of it."""
 
@@ -93,7 +93,9 @@ class JournalFile:
     def _connect(self) -> None:
         self._db = database.connect(self.path)
         self._db.execute("PRAGMA synchronous=FULL")
-        self._db.execute("PRAGMA wal_autocheckpoint=4000")
+        # SQLite's own checkpoints after a commit do not tell of a sync that failed.
+        self._wal_pages, self._checkpoint_at = 0, CHECKPOINT_PAGES
+        self._db.set_wal_hook(self._note_wal)
         self._db.execute("PRAGMA journal_size_limit=67108864")
 
     def _create(self, origin_seq: int) -> None:
@@ -148,7 +150,6 @@ class JournalFile:
                 with copy.backup("main", self._db, "main") as backup:
                     while not backup.done:
                         backup.step()
-                copy.execute(NOTE_CLOSED)
             finally:
                 copy.close()
         except apsw.Error as e:
@@ -160,7 +161,7 @@ class JournalFile:
         put_in_place()
         try:
             self._connect()
-            self._note_open()
+            self._checkpoint("TRUNCATE")
         except apsw.Error as e:
             raise JournalFailed(f"cannot open {self.path}: {e}") from e
         self._files = self._identities()
@@ -209,27 +210,38 @@ class JournalFile:
         except (apsw.Error, OSError):
             return False
 
-    def _note_open(self) -> None:
-        """From here on there is a -wal, and if it is gone without a close, events are."""
-        with database.transaction(self._db):
-            self._db.execute(NOTE_OPEN)
-        self._checkpoint()
+    def _note_wal(self, _: apsw.Connection, name: str, pages: int) -> int:
+        if pages < self._wal_pages:  # it has begun anew
+            self._checkpoint_at = CHECKPOINT_PAGES
+        self._wal_pages = pages
+        return apsw.SQLITE_OK
 
-    def _checkpoint(self) -> None:
-        """Write and sync what is committed; readers may keep it from truncating the WAL."""
-        self._db.set_busy_timeout(START_BUSY_MS)
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    def _keep_wal_short(self) -> None:
+        """Copy a long WAL into the file. Raises JournalFailed if that cannot be synced."""
+        if self._wal_pages < self._checkpoint_at:
+            return
+        # Tried again later if a reader is in the way: the WAL goes on then.
+        self._checkpoint_at = self._wal_pages + CHECKPOINT_PAGES
+        try:
+            self._checkpoint("PASSIVE")
+        except apsw.Error as e:
+            error = self._write_error(e)
+            if not isinstance(error, JournalFull):  # what is committed is in the WAL
+                raise error from e
+
+    def _checkpoint(self, mode: str) -> None:
+        """Write and sync what is committed; readers may keep it from doing all of it."""
+        self._note_wal_holds_more(1)
+        self._db.set_busy_timeout(CHECKPOINT_BUSY_MS)
+        self._db.execute(f"PRAGMA wal_checkpoint({mode})")
         self._db.set_busy_timeout(database.BUSY_TIMEOUT_MS)
+        self._note_wal_holds_more(0)
+
+    def _note_wal_holds_more(self, value: int) -> None:
+        with database.transaction(self._db):
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (WAL_HOLDS_MORE, value))
 
     def close(self) -> None:
-        try:
-            with database.transaction(self._db):
-                self._db.execute(NOTE_CLOSED)
-        except apsw.ConnectionClosedError:
-            return
-        except apsw.Error:
-            # A full or failing disk: the next start goes on with the -wal, which stays.
-            self._db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         self._db.close()
 
     def _meta(self, key: str, default: Any = None) -> Any:

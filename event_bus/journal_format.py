@@ -4,10 +4,12 @@ A row of `batch` is what one commit took in: `count` canonical lines whose seqs 
 `first_seq`. Its CRC-32 covers the whole row, so that a row which damage has moved to another seq
 is found out as well. `run` and `opaque_id` say where an event id lies, which is how an event that
 is sent again is recognised: `run` for ids of the form <producer>-<n> (one row a contiguous
-stretch), `opaque_id` for any other string. `meta` has the number of the start (`epoch`) and of the
-last start whose journal was closed (`closed_epoch`): a journal that was not closed has a -wal, with
-events in it that are nowhere else. `lost_range` names the events that are not there any
+stretch), `opaque_id` for any other string. `lost_range` names the events that are not there any
 more though they were never trimmed; `last_seq` is NULL where nobody knows how far it went.
+
+`meta` says in `wal_holds_more` whether the file alone is all there is. It is 1 in what is copied
+out of the -wal, and the first thing that the -wal holds after that is that it is 0: so it is 1 only
+in a file whose -wal was taken away.
 """
 
 from __future__ import annotations
@@ -48,10 +50,7 @@ CREATE TABLE IF NOT EXISTS lost_range (
     reason TEXT NOT NULL, file TEXT NOT NULL, told INTEGER NOT NULL DEFAULT 0)
 """
 
-NOTE_OPEN = "INSERT OR REPLACE INTO meta VALUES ('closed_epoch', 0)"
-NOTE_CLOSED = (
-    "INSERT OR REPLACE INTO meta SELECT 'closed_epoch', value FROM meta WHERE key = 'epoch'"
-)
+WAL_HOLDS_MORE = "wal_holds_more"
 
 
 class Batch(msgspec.Struct, frozen=True):

@@ -187,7 +187,7 @@ def _go_on_after_what_was_read(
     if end > journal.last_seq:
         reason = f"it ends at {journal.last_seq}, but events up to {end} were read of it"
     elif journal.lacks_wal:
-        reason = f"it ends at {end}, was not closed, and has no -wal"
+        reason = f"it ends at {end}, and the -wal that it was open with is gone"
     else:
         return
     if stored_id == journal.journal_id:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -35,9 +36,9 @@ except (StartError, JournalError) as e:
 """
 
 
-@pytest.fixture
-def failing_fsync(bus: System) -> Iterator[System]:
-    """A running bus each of whose fsyncs fails from now on."""
+@contextlib.contextmanager
+def failing(bus: System, *which: str) -> Iterator[None]:
+    """Each fsync of the running bus fails within; `which` narrows it, as strace's options do."""
     if shutil.which("strace") is None:
         if os.environ.get("CI"):
             pytest.fail("strace is not installed")
@@ -46,7 +47,7 @@ def failing_fsync(bus: System) -> Iterator[System]:
     log = bus.home / "strace.log"
     strace = subprocess.Popen(
         [
-            *("strace", "-f", "-qq", "-p", str(pid), "-o", log),
+            *("strace", "-f", "-qq", "-p", str(pid), "-o", log, *which),
             *("-e", "trace=fsync,fdatasync", "-e", "inject=fsync,fdatasync:error=EIO"),
         ],
         stderr=subprocess.PIPE,
@@ -57,10 +58,17 @@ def failing_fsync(bus: System) -> Iterator[System]:
         return "TracerPid:\t0\n" not in Path(f"/proc/{pid}/status").read_text()
 
     wait_until(attached, "strace is attached")
-    yield bus
+    yield
     if strace.poll() is None:
         strace.send_signal(signal.SIGTERM)
     strace.communicate()
+
+
+@pytest.fixture
+def failing_fsync(bus: System) -> Iterator[System]:
+    """A running bus each of whose fsyncs fails from now on."""
+    with failing(bus):
+        yield bus
 
 
 def test_failed_fsync_is_never_acknowledged_and_ends_the_bus(failing_fsync: System) -> None:
@@ -140,3 +148,15 @@ def test_start_on_a_full_disk_says_so_in_one_line_and_is_tried_again(tmp_path: P
         (disk / "ballast").unlink()
         system.start_bus()
         system.close()
+
+
+def test_sync_that_fails_when_the_wal_is_copied_ends_the_bus(bus: System) -> None:
+    journal = bus.settings.journal
+    with failing(bus, "-P", str(journal)):  # the file itself; the -wal beside it is well
+        client = Client(bus.settings)
+        with pytest.raises(BusRefused, match=r"cannot write .*journal\.db: disk I/O error"):
+            for n in range(60):  # the WAL is copied after 32 MB
+                client.publish(line(f"{n}", action="x" * 900_000), 20.0)
+        client.close()
+        output, _ = bus.processes[0].communicate(timeout=10)
+    assert bus.processes[0].returncode == 5, output

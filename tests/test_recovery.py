@@ -724,7 +724,7 @@ def test_wal_that_nobody_had_read_is_missed_by_the_next_start(system: System) ->
     assert system.wait_stored() > SPARE_SEQS
     (lost,) = system.sql("SELECT first_seq, last_seq, reason FROM journal_loss")
     assert lost[:2] == (1, SPARE_SEQS)
-    assert "was not closed, and has no -wal" in lost[2]
+    assert "the -wal that it was open with is gone" in lost[2]
     bus.terminate()
     assert bus.wait(10) == 0
     Path(f"{system.settings.journal}-wal").unlink(missing_ok=True)
@@ -733,15 +733,30 @@ def test_wal_that_nobody_had_read_is_missed_by_the_next_start(system: System) ->
     assert len(system.sql("SELECT * FROM journal_loss")) == 1
 
 
-def test_restored_or_copied_journal_is_closed(path: Path, kept: dict[int, Batch]) -> None:
+@pytest.mark.parametrize("how", ["closed", "copied", "checkpointed by another program"])
+def test_journal_that_is_whole_without_its_wal_lacks_nothing(
+    home: Path, path: Path, kept: dict[int, Batch], how: str
+) -> None:
     journal = Journal(path)
-    copy = path.with_name("copy.db")
-    journal.copy_to(copy)
+    fill(journal, 5, random.Random(1))
+    found = served(journal)
+    there = home / "there.db"
+    if how == "copied":
+        journal.copy_to(there)
+    if how == "checkpointed by another program":
+        for suffix in ("", "-wal"):
+            shutil.copy(f"{path}{suffix}", f"{there}{suffix}")
+        db = sqlite3.connect(there)
+        db.execute("SELECT * FROM meta").fetchall()
+        db.close()
     journal.close()
-    for file in (path, copy):
-        again = Journal(file)
-        assert not again.lacks_wal
-        again.close()
+    if how == "closed":
+        path.rename(there)
+    assert not Path(f"{there}-wal").exists()
+    again = Journal(there)
+    assert not again.lacks_wal
+    assert served(again) == found
+    again.close()
 
 
 def resend(system: System, lines: bytes) -> dict[str, Any]:

@@ -183,16 +183,16 @@ def _often(inner: Any) -> Callable[[Any], None]:
     def arm(trigger: Callable[[], None]) -> None:
         inner(trigger)
         from collector.store import Store
-        from event_bus.journal import Journal
+        from event_bus import journal_file
 
-        for owner in (Journal, Store):
-            original = owner.__init__
+        journal_file.CHECKPOINT_PAGES = SMALL_CHECKPOINT_PAGES
+        original = Store.__init__
 
-            def replaced(self: Any, *args: Any, original: Any = original, **kwargs: Any) -> None:
-                original(self, *args, **kwargs)
-                self._db.execute(f"PRAGMA wal_autocheckpoint={SMALL_CHECKPOINT_PAGES}")
+        def replaced(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            self._db.execute(f"PRAGMA wal_autocheckpoint={SMALL_CHECKPOINT_PAGES}")
 
-            owner.__init__ = replaced  # type: ignore[method-assign]
+        Store.__init__ = replaced  # type: ignore[method-assign]
 
     return arm
 

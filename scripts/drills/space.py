@@ -118,8 +118,11 @@ def database_disk_full(trial: Trial) -> None:
                 )
                 stored, acked = trial.last_stored(), load.acked()
                 wait_until(lambda n=acked: load.acked() > n + 1_000, "the bus goes on")
+                now = trial.last_stored()
                 trial.expect(
-                    trial.last_stored() == stored, "the cursor moved while nothing could be stored"
+                    now == stored,
+                    f"the cursor moved from {stored} to {now} while nothing could be stored,"
+                    f" {'the disk being full' if round_ % 2 == 0 else 'the file size limited'}",
                 )
                 freed_at = time.time()
             resumed_s.append(
