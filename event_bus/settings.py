@@ -125,9 +125,12 @@ class Settings:
             for f in fields(cls)
             if f.name != "home"
         }
-        values["db"] = values["db"] or home / "bitten_events.db"
-        values["backup_dir"] = values["backup_dir"] or home / "backup"
         return cls(home=home, **values)
+
+    def __post_init__(self) -> None:
+        for name, default in (("db", "bitten_events.db"), ("backup_dir", "backup")):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.home / default)
 
     @property
     def journal(self) -> Path:
