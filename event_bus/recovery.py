@@ -162,7 +162,7 @@ def _last_stored(db: Path, *, is_needed: bool = False) -> tuple[int, str | None]
                     row = None
                 found.append(row[0] if row else None)
     except apsw.Error as e:
-        is_there = db.exists() and not isinstance(e, apsw.NotADBError | apsw.CorruptError)
+        is_there = db.is_file() and not isinstance(e, apsw.NotADBError | apsw.CorruptError)
         if is_needed and is_there:
             kind = JournalFailed if isinstance(e, apsw.BusyError) else JournalError
             raise kind(  # a lock passes: a supervisor is to try again
