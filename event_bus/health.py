@@ -13,6 +13,9 @@ LOSS_SHOWN_S = 86_400.0
 PUT_BACK_SHOWN_S = 600.0
 """How long it is a problem that the journal was removed, though it is there again."""
 
+MAX_WAL_BYTES = 64 << 20
+"""Without a reader the journal's has 16 to 18 MB."""
+
 CLOCK_BACK_S = 2.0
 """Smaller steps are what keeping a clock right looks like."""
 
@@ -56,6 +59,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     recovered: str = ""
     put_back_at: float | None = None
     journal_held_by: str | None = None
+    wal_bytes: int = 0
     consumers: dict[str, ConsumerFacts] = {}
     schema_problems: list[str] = []
     keys_problem: str = ""
@@ -147,6 +151,13 @@ def find_problems(facts: Facts) -> list[Problem]:
             "journal_held",
             f"the journal is kept past its limits for consumer {facts.journal_held_by}",
             "start that consumer, or let go of it with the request `forget`",
+        )
+    if facts.wal_bytes > MAX_WAL_BYTES:
+        add(
+            "journal_read",
+            f"a program reads {facts.storage} and does not end: its -wal has"
+            f" {facts.wal_bytes >> 20} MB and grows",
+            "end that program; `bitten doctor --all` names it",
         )
     if facts.now < facts.latest - CLOCK_BACK_S:
         add(

@@ -182,6 +182,11 @@ class JournalFile:
         pages = self._row("PRAGMA page_count")[0] - self._row("PRAGMA freelist_count")[0]
         return int(pages * self._row("PRAGMA page_size")[0])
 
+    @property
+    def wal_bytes(self) -> int:
+        """Bytes of the -wal that cannot be overwritten yet: not copied so far, or being read."""
+        return self._wal_pages * PAGE_BYTES
+
     def has_room(self, size_bytes: int) -> bool:
         """Whether the journal's disk has that much space now, and its files may grow so much."""
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]

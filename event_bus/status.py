@@ -68,6 +68,7 @@ class BrokerStatus:
                 put_back_at=self.put_back_at,
                 losses=[_loss_facts(loss) for loss in self._journal.losses],
                 journal_held_by=self.journal_held_by,
+                wal_bytes=self._journal.wal_bytes,
                 consumers={
                     name: ConsumerFacts(self._consumers.lag(c), c.silent_s, c.problem)
                     for name, c in self._consumers.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from conftest import System, wait_until
 from disks import small_disk
 from test_broker import Start, line, start  # noqa: F401 — a fixture
 
+from event_bus import database
 from event_bus.consumers import Consumer, Consumers
 from event_bus.errors import BusRefused
 from event_bus.health import STALLED_AFTER_S, ConsumerFacts, Facts, Health, LossFacts, find_problems
@@ -32,6 +34,7 @@ EVERYTHING = Facts(
     recovered="it is empty; what it was is journal.db.corrupt-1",
     put_back_at=60.0,
     journal_held_by="slow",
+    wal_bytes=65 << 20,
     consumers={
         "well": WELL,
         "idle": ConsumerFacts(lag=0, silent_s=99.0, problem=""),
@@ -60,6 +63,7 @@ def test_each_problem_is_named_with_a_remedy_and_the_gravest_comes_first() -> No
         "consumer_problem",
         "consumer_stalled",
         "journal_held",
+        "journal_read",
         "clock_back",
         "keys_problem",
         "schema_problem",
@@ -158,6 +162,25 @@ def test_full_disk_is_over_by_itself_when_there_is_room_and_is_told_afterwards(
             client.close()
         finally:
             system.close()
+
+
+def test_endless_reader_of_the_journal_is_told_and_cleared_when_it_ends(start: Start) -> None:  # noqa: F811
+    bus = start()
+    reader = database.connect(bus.settings.journal, database.READ_ONLY)
+    rows = reader.execute("SELECT 1 FROM meta")
+    next(rows)
+    ids = map(str, itertools.count())
+
+    def codes() -> list[str]:
+        """What is wrong after a megabyte more."""
+        bus.publish(line(next(ids), action="a", details={"text": "x" * 1_000_000}))
+        return [p["code"] for p in bus.client.status()["problems"]]
+
+    for _ in range(50):
+        assert codes() == []
+    wait_until(lambda: codes() == ["journal_read"], "it is told")
+    reader.close()
+    wait_until(lambda: codes() == [], "it is cleared")
 
 
 def test_problem_of_a_consumer_that_has_ended_is_no_problem_for_ever(tmp_path: Path) -> None:
