@@ -121,7 +121,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
                 f"{folder} is not a backup: cannot read {path.name}: {e.strerror}",
                 hint="`bitten backup --list` shows those there are",
             ) from e
-        except msgspec.DecodeError as e:
+        except (msgspec.DecodeError, UnicodeDecodeError) as e:
             raise BackupError(f"{path} is damaged: {e}", hint="use another backup") from e
         if manifest.format != FORMAT:
             raise BackupError(
