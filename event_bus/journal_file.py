@@ -54,10 +54,10 @@ class JournalFile:
         try:
             self._prepare(origin_seq if create else None)
         except apsw.Error as e:
-            self._db.close()
+            self.close()
             raise self._open_error(e) from e
         except JournalError:
-            self._db.close()
+            self.close()
             raise
         self._files = self._identities()
 
@@ -95,6 +95,7 @@ class JournalFile:
         self._db.execute("PRAGMA synchronous=FULL")
         # SQLite's own checkpoints after a commit do not tell of a sync that failed.
         self._wal_pages, self._checkpoint_at = 0, CHECKPOINT_PAGES
+        self._notes_more = False
         self._db.set_wal_hook(self._note_wal)
         self._db.execute("PRAGMA journal_size_limit=67108864")
 
@@ -243,10 +244,18 @@ class JournalFile:
         self._note_wal_holds_more(0)
 
     def _note_wal_holds_more(self, value: int) -> None:
+        self._notes_more = True  # until it is known not to
         with database.transaction(self._db):
             self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (WAL_HOLDS_MORE, value))
+        self._notes_more = bool(value)
 
     def close(self) -> None:
+        if self._notes_more:  # the disk was full, or failed, when it was to be taken back
+            try:
+                self._note_wal_holds_more(0)
+            except apsw.Error:  # then the -wal stays: without it the file would be lacking it
+                self._db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        self._notes_more = False
         self._db.close()
 
     def _meta(self, key: str, default: Any = None) -> Any:

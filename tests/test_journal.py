@@ -11,7 +11,7 @@ import pytest
 from disks import small_disk
 from faulty import Faults
 
-from event_bus import database
+from event_bus import database, journal_file
 from event_bus.errors import JournalDamaged, JournalError, JournalFull
 from event_bus.journal import DamagedBatch, Journal
 
@@ -317,3 +317,20 @@ def test_full_disk_while_trimming_is_a_full_disk_whoever_rolls_back(
     assert [b.first_seq for b in journal.read(1, 1000)] == [1, 3]
     assert journal.trim(3) == 1
     journal.close()
+
+
+@pytest.mark.parametrize("number", range(3, 9))
+def test_full_disk_while_the_wal_is_copied_makes_no_loss_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Of its nine writes the first three are the append itself."""
+    faults = Faults()
+    monkeypatch.setattr(database, "connect", faults.connect)
+    monkeypatch.setattr(journal_file, "CHECKPOINT_PAGES", 1)
+    journal = Journal(tmp_path / "journal.db")
+    faults.fail_write(number, rolls_back=False)
+    journal.append([b"x\n"], 1, 0.0, runs=[], opaque_ids=[])
+    journal.close()
+    again = Journal(tmp_path / "journal.db")
+    assert (again.lacks_wal, again.last_seq) == (False, 1)
+    again.close()

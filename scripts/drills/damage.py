@@ -118,7 +118,12 @@ def journal_events(path: Path) -> tuple[Events, set[int]]:
     unsound: set[int] = set()
     with closing(sqlite3.connect(path)) as db:
         for first, count, at, crc, body in db.execute("SELECT * FROM batch"):
-            if zlib.crc32(body, zlib.crc32(struct.pack("<qqd", first, count, at))) != crc:
+            try:
+                sound = zlib.crc32(body, zlib.crc32(struct.pack("<qqd", first, count, at))) == crc
+            except (struct.error, TypeError):  # a flipped bit has changed the type of a value
+                unsound.add(first)
+                continue
+            if not sound:
                 unsound |= set(range(first, first + count))
                 continue
             for seq, line in enumerate(body.splitlines(), first):

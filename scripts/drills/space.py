@@ -14,6 +14,7 @@ from harness import NotRun, Trial, drill
 from system import wait_until
 
 DISK_MB = 48
+PAGE_BYTES = 4_096
 ANNOUNCED_S = 10.0
 RESUMED_S = 5.0
 
@@ -110,7 +111,7 @@ def database_disk_full(trial: Trial) -> None:
         resumed_s = []
         for round_ in range(2 * trial.count(1, 10)):
             collector = wait_until(lambda: up.child("collect"), "the collector runs")
-            with _full(disk) if round_ % 2 == 0 else _limited(collector, system.db):
+            with _full(disk) if round_ % 2 == 0 else _limited(collector):
                 trial.expect_within(
                     ANNOUNCED_S,
                     lambda: "data_collector" in trial.problems(),
@@ -148,11 +149,11 @@ def _full(disk: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _limited(process: psutil.Process, db: Path) -> Iterator[None]:
-    """`ulimit -f`, set on a running process: none of its files grows past the database's WAL."""
-    wal = Path(f"{db}-wal")
+def _limited(process: psutil.Process) -> Iterator[None]:
+    """`ulimit -f`, set on a running process: less than one page of any file can be written, so that
+    it is no way out to begin the WAL anew."""
     before = process.rlimit(resource.RLIMIT_FSIZE)
-    process.rlimit(resource.RLIMIT_FSIZE, (min(db.stat().st_size, wal.stat().st_size), before[1]))
+    process.rlimit(resource.RLIMIT_FSIZE, (PAGE_BYTES, before[1]))
     try:
         yield
     finally:
