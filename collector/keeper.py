@@ -228,9 +228,9 @@ class Keeper:
         """The database is damaged: put it aside and make a new one."""
         self._let_go()
         moved = self._move_aside(CORRUPT)
-        self._tell(
-            f"{error}; it was put aside as {moved}, and a new one is filled from the journal;"
-            f" {_AUDIT}; if so, a backup may have it: `bitten restore --only database`"
+        self._tell(  # without the error's hint: that is done now
+            f"{error.args[0]}; it was put aside as {moved}, and a new one is filled from the"
+            f" journal; {_AUDIT}; if so, a backup may have it: `bitten restore --only database`"
         )
         self._retry(self._open)
 

@@ -507,7 +507,7 @@ def test_ended_subscriptions_of_a_key_cost_nothing(
     process = psutil.Process(guarded.process.pid)
 
     def has(mark: str) -> bool:
-        return mark in client.status()["subscriptions"]
+        return mark in client.status(20)["subscriptions"]
 
     def come_and_go(rounds: range) -> int:
         for i in rounds:
