@@ -47,17 +47,17 @@ def places(
     each, rising, and its id."""
     runs: list[Run] = []
     opaque_ids: list[tuple[str, int]] = []
-    before = -1
     for index, event_id in ids:
-        follows, before = index == before + 1, index
         native = NATIVE_ID.fullmatch(event_id)
         if native is None:
             if journal.seq_of_opaque(event_id) is None:
                 opaque_ids.append((event_id, index))
             continue
         producer, n = journal.producer(native[1]), int(native[2])
-        if follows and runs and runs[-1][0] is producer and runs[-1][2] == n - 1:
-            runs[-1] = (producer, runs[-1][1], n, runs[-1][3])
+        taker, first, last, at = runs[-1] if runs else (None, 0, 0, 0)
+        # Events of others may lie between, and then it is a run of its own.
+        if taker is producer and last == n - 1 and at + n - first == index:
+            runs[-1] = (producer, first, n, at)
         elif journal.seq_of_native(producer, n) is None:
             runs.append((producer, n, n, index))
         if not producer.last_n:  # no row of it: what came before was trimmed, or is lost

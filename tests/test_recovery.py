@@ -767,6 +767,25 @@ def resend(system: System, lines: bytes) -> dict[str, Any]:
         client.close()
 
 
+def test_ids_between_which_others_lie_lead_to_their_own_events_after_a_recovery(
+    path: Path,
+) -> None:
+    ids = [f"{TOKEN}-1", "order", f"{TOKEN}-2", f"{TOKEN}-3", "fill", f"{TOKEN}-4"]
+    journal = Journal(path)
+    producer = journal.producer(TOKEN)
+    producer.last_n = 4
+    runs = [(producer, 1, 1, 0), (producer, 2, 3, 2), (producer, 4, 4, 5)]
+    opaque_ids = [("order", 1), ("fill", 4)]
+    journal.append([line(i, 1) for i in ids], 6, 1.0, runs=runs, opaque_ids=opaque_ids)
+    journal.close()
+    mark_damaged(path, "as a test has it")
+    again = recovered(path)
+    producer = again.producers[TOKEN]
+    assert [again.seq_of_native(producer, n) for n in range(1, 5)] == [1, 3, 4, 6]
+    assert [again.seq_of_opaque(i) for i in ("order", "fill")] == [2, 5]
+    again.close()
+
+
 @pytest.mark.parametrize("gone", ["-wal", "journal"])
 def test_what_only_the_database_has_left_is_recognised_when_it_is_sent_again(
     system: System, gone: str
