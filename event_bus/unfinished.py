@@ -30,11 +30,12 @@ _RECEIVED = slice(128, 136)
 class UnfinishedMessages:
     """Owns nothing: the connections are libzmq's, and are ended by `shutdown` of their sockets.
 
-    `memory_bytes` says how much the process has.
+    `memory_bytes` says how much the process has. Those of a Unix socket are let be: only users
+    who may open its file have one.
     """
 
     def __init__(self, url: str, memory_bytes: Callable[[], int]) -> None:
-        self._port = int(url.rpartition(":")[2])
+        self._port = int(url.rpartition(":")[2]) if url.startswith("tcp:") else None
         self._memory_bytes = memory_bytes
         self._heard: set[int] = set()
         self._ended = False
@@ -51,7 +52,7 @@ class UnfinishedMessages:
             with contextlib.suppress(AttributeError):  # glibc keeps what was freed, others do not
                 ctypes.CDLL(None).malloc_trim(0)
         if (memory_bytes := self._memory_bytes()) > MAX_MEMORY_BYTES:
-            with contextlib.suppress(OSError):  # no descriptor is free
+            with contextlib.suppress(OSError, psutil.Error):  # no descriptor is free, or no right
                 self._end_silent(memory_bytes)
         self._heard.clear()
 

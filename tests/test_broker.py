@@ -667,3 +667,12 @@ def test_bus_that_was_stopped_takes_what_came_meanwhile_and_misses_nobody(bus: S
     assert (status["state"], status["epoch"]) == ("ok", 1)
     client.close()
     reader.close()
+
+
+def test_bus_on_unix_sockets_takes_events(system: System) -> None:
+    for name in ("EVENTS", "INGRESS"):
+        system.environ[f"BITTEN_{name}_URL"] = f"ipc://{system.home}/{name}"
+    system.home.mkdir(mode=0o700)
+    system.start_bus()
+    with contextlib.closing(Client(system.settings)) as client:
+        assert client.publish(line("e-1"), 10.0)["accepted"] == 1
