@@ -16,6 +16,7 @@ from collector.manifest import Manifest
 from collector.verify import database_facts, journal_facts
 from event_bus import database, recovery
 from event_bus.errors import BackupError
+from event_bus.journal_format import WAL_HOLDS_MORE
 from event_bus.lock import FileLock
 from event_bus.settings import Settings
 
@@ -128,6 +129,8 @@ def _prepare(
             table = "_meta" if name == m.DATABASE else "meta"
             db.execute(f"UPDATE {table} SET value = ? WHERE key = 'journal_id'", (journal_id,))
         if name == m.JOURNAL:
+            # A backup has no -wal, also one that was made in the midst of a checkpoint.
+            db.execute("UPDATE meta SET value = 0 WHERE key = ?", (WAL_HOLDS_MORE,))
             # It was copied after the database, and may be older than a bus keeps events: without
             # this the bus would trim, at its start, what the restored database does not have.
             db.execute(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -306,6 +307,20 @@ def test_bus_does_not_trim_old_events_that_the_restored_database_lacks(
     wait_until(lambda: codes(other) & {"journal_held"}, "the bus would trim and is held")
     other.start_collector()
     wait_until(lambda: volumes(other, "P") == list(range(500)) if other.stored() else False, "all")
+
+
+def test_journal_that_was_backed_up_in_the_midst_of_a_checkpoint_lacks_nothing(
+    bus: System, other: System
+) -> None:
+    publish(bus, 0, 10)
+    with contextlib.closing(sqlite3.connect(bus.settings.journal)) as db:
+        db.execute("UPDATE meta SET value = 1 WHERE key = 'wal_holds_more'")
+        db.commit()
+    made = make(bus)
+    assert other.bitten("restore", made["path"]).returncode == 0
+    other.start_bus()
+    assert codes(other) == set()
+    assert (other.status() or {})["last_seq"] < 100
 
 
 def damage_batch(system: System, holding: int) -> int:
