@@ -405,6 +405,7 @@ class Journal(JournalFile):
         self.first_seq = cut
         for token, n in forgotten:
             self.producers[token].forgotten_n = n
+        self._keep_wal_short()
         return removed
 
     def reload_producers(self) -> None:

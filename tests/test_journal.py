@@ -14,6 +14,7 @@ from faulty import Faults
 from event_bus import database, journal_file
 from event_bus.errors import JournalDamaged, JournalError, JournalFull
 from event_bus.journal import DamagedBatch, Journal
+from event_bus.journal_format import PAGE_BYTES
 
 
 def append(journal: Journal, text: str, received_at: float = 0.0, size: int = 0) -> int:
@@ -227,6 +228,18 @@ def test_trim_removes_no_more_than_some_bytes_at_once(
     for size in (1_000, 1_000, 1_000, 9_000, 1):
         append(journal, "a", size=size)
     assert [journal.trim(6) for _ in range(5)] == [2, 1, 1, 1, 0]
+
+
+def test_trimming_much_while_nothing_is_published_does_not_make_the_wal_long(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("event_bus.journal_file.CHECKPOINT_PAGES", 100)
+    one_by_one(journal, 5_000)
+    append(journal, "a")
+    longest = 0
+    while journal.trim(journal.last_seq):
+        longest = max(longest, journal.wal_bytes)
+    assert longest < 200 * PAGE_BYTES
 
 
 def test_place_of_an_id_that_is_not_there_is_not_looked_for_in_all_runs(journal: Journal) -> None:
