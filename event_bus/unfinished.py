@@ -12,6 +12,7 @@ import ctypes
 import logging
 import os
 import socket
+import struct
 from collections.abc import Callable
 
 import psutil
@@ -25,6 +26,9 @@ MIN_SENT_BYTES = 16 << 10
 
 _RECEIVED = slice(128, 136)
 """Of Linux's tcp_info: tcpi_bytes_received."""
+
+_RESET = struct.pack("ii", 1, 0)
+"""As SO_LINGER: on, and for no time."""
 
 
 class UnfinishedMessages:
@@ -65,6 +69,8 @@ class UnfinishedMessages:
                 info = peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RECEIVED.stop)
                 received = int.from_bytes(info[_RECEIVED], "little")
                 if received >= MIN_SENT_BYTES:
+                    # Closed without a reset, a sender that fills the window hears nothing of it.
+                    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                     peer.shutdown(socket.SHUT_RDWR)
                     self._ended = True
                     log.warning(
