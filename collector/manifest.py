@@ -93,6 +93,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return merged(seqs for part in parts for seqs in part.held)
 
     @property
+    def journal_id(self) -> str | None:
+        """Of the bus that the backup is of; None if it was of no event."""
+        parts = [part for part in (self.journal, self.database) if part is not None]
+        return parts[0].journal_id
+
+    @property
     def stored_seq(self) -> int:
         """The last event that the database has dealt with."""
         return self.database.last_seq if self.database is not None else 0

@@ -61,15 +61,18 @@ def _only_in(path: Path, newer: list[Path]) -> Seqs:
 
 
 def _is_one_history(manifest: Manifest, other: Path) -> bool:
-    """False if the last event of a backup is another one in `other`: an older backup was restored
-    in between, and the bus went on from there."""
+    """False if the last event of a backup is another one in `other`, or is not there, and `other`
+    is of another journal: one that was begun anew, or that goes on from a restored backup."""
     last = manifest.database.last_event if manifest.database is not None else None
-    if last is None or not (other / m.DATABASE).exists():
-        return True
-    seq, event_id = last
-    try:
-        with contextlib.closing(database.connect(other / m.DATABASE, database.READ_ONLY)) as db:
-            row: Any = db.execute("SELECT event_id FROM events WHERE seq = ?", (seq,)).fetchone()
-    except apsw.Error:
-        return False
-    return row is None or row[0] == event_id
+    if last is not None and (other / m.DATABASE).exists():
+        seq, event_id = last
+        try:
+            with contextlib.closing(database.connect(other / m.DATABASE, database.READ_ONLY)) as db:
+                row: Any = db.execute(
+                    "SELECT event_id FROM events WHERE seq = ?", (seq,)
+                ).fetchone()
+        except apsw.Error:
+            return False
+        if row is not None:
+            return bool(row[0] == event_id)
+    return manifest.journal_id == Manifest.read(other).journal_id
