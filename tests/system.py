@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import sqlite3
@@ -34,9 +35,13 @@ def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = TIMEO
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A port that no connection is given by the kernel meanwhile: those are above 32,767."""
+    while True:
+        # Not `random`: that is seeded alike in all processes of a test run.
+        port = secrets.choice(range(10_000, 32_768))
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 class System:

@@ -127,7 +127,7 @@ def test_events_dropped_by_a_full_spool_are_counted_to_the_event(rested: System)
     assert done.stdout.split() == ["100"]
     rested.start_bus()
     rested.start_collector()
-    wait_until(lambda: audit(rested.settings).dropped, "the loss is told")
+    wait_until(lambda: of(audit(rested.settings), "flood").stored, "the loss is told and stored")
     ledger = balanced(audit(rested.settings))
     flood = of(ledger, "flood")
     assert flood.dropped > 50

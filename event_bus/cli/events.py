@@ -304,7 +304,7 @@ def status(settings: Settings, as_json: bool) -> None:
             f" {answer['duplicates']} duplicates, {answer['conflicts']} conflicts",
         ),
     ]
-    if answer["forbidden"]:
+    if answer.get("forbidden"):
         counts = (f"{name} {count}" for name, count in answer["forbidden"].items())
         rows.append(("refused keys", f"requests without the right to them: {', '.join(counts)}"))
     for name, consumer in answer["consumers"].items():
