@@ -65,7 +65,7 @@ class Journal(JournalFile):
             self._db.execute("UPDATE meta SET value = value + 1 WHERE key = 'epoch'")
         # After a failed fsync the next can lie: the last commits may be in memory alone. A
         # checkpoint writes and syncs them anew.
-        self._checkpoint("TRUNCATE")
+        self._checkpoint("FULL")
         self.journal_id: str = self._meta("journal_id")
         self.epoch: int = self._meta("epoch")
         self.origin_seq: int = self._meta("origin_seq", 1)  # 0.1.0 did not write it

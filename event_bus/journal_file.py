@@ -44,7 +44,7 @@ class JournalFile:
 
     def __init__(self, path: Path, *, create: bool = True, origin_seq: int = 1) -> None:
         self.path = path
-        self._had_wal = Path(f"{path}-wal").exists()
+        self._had_wal = _size(f"{path}-wal") > 0  # whoever reads without one makes an empty one
         try:
             if create:
                 path.touch(0o600)  # the WAL beside it takes over these rights
@@ -162,7 +162,7 @@ class JournalFile:
         put_in_place()
         try:
             self._connect()
-            self._checkpoint("TRUNCATE")
+            self._checkpoint("FULL")
         except apsw.Error as e:
             raise JournalFailed(f"cannot open {self.path}: {e}") from e
         self._files = self._identities()
@@ -236,7 +236,10 @@ class JournalFile:
                 raise error from e
 
     def _checkpoint(self, mode: str) -> None:
-        """Write and sync what is committed; readers may keep it from doing all of it."""
+        """Write and sync what is committed; readers may keep it from doing all of it.
+
+        Never by TRUNCATE: killed then, it would leave an empty -wal, and that is a lost one.
+        """
         self._note_wal_holds_more(1)
         self._db.set_busy_timeout(CHECKPOINT_BUSY_MS)
         self._db.execute(f"PRAGMA wal_checkpoint({mode})")
@@ -293,6 +296,13 @@ class JournalFile:
         return JournalFailed(
             f"cannot write {self.path}: {error}", hint="check the disk and its rights"
         )
+
+
+def _size(path: str) -> int:
+    try:
+        return Path(path).stat().st_size
+    except OSError:
+        return 0
 
 
 def _identity(path: str) -> tuple[int, int] | None:

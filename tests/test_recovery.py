@@ -713,12 +713,19 @@ def test_wal_removed_under_a_running_bus_costs_nothing_when_it_is_killed(system:
     assert [p["code"] for p in status["problems"]] == []
 
 
-def test_wal_that_nobody_had_read_is_missed_by_the_next_start(system: System) -> None:
+@pytest.mark.parametrize("then", ["start", "audit", "backup", "truncated"])
+def test_wal_that_nobody_had_read_is_missed_by_the_next_start(system: System, then: str) -> None:
     bus = system.start_bus()
     assert system.script(PUBLISH, "1000").returncode == 0
     bus.kill()
     bus.wait()
-    Path(f"{system.settings.journal}-wal").unlink()
+    wal = Path(f"{system.settings.journal}-wal")
+    wal.unlink()
+    if then == "truncated":
+        wal.touch()
+    elif then != "start":  # a reader makes an empty one
+        system.bitten(then)
+        assert wal.stat().st_size == 0
     bus = system.start_bus()
     system.start_collector()
     assert system.wait_stored() > SPARE_SEQS
