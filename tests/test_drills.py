@@ -42,7 +42,7 @@ def test_planted_fault_makes_the_drill_red(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", QUICK)
 def test_quick_drill_holds(tmp_path: Path, name: str) -> None:
     code, (result,) = drill(tmp_path, name)
-    assert (code, result["result"]) == (0, "held"), result
+    assert (code, result["result"]) == (0, "held"), "\n".join(result["breaches"])
 
 
 @pytest.mark.parametrize("plant", [[], ["--plant"]])
