@@ -42,7 +42,8 @@ class Target:
         before, first = self._total(), self._journal.last_seq + 1
         feeds = 0
         while adopter.pending:
-            adopter.feed(self._intake, 1 << 20)
+            if chunk := adopter.read():
+                self._intake.take(chunk)
             self._intake.commit()
             adopter.done()
             feeds += 1
