@@ -84,11 +84,16 @@ def _begin_after(path: Path, known: int, file: str, clock: Callable[[], float]) 
     """A journal that goes on after the events that `file` tells of, and counts them as lost."""
     reason = f"neither journal nor database is there, and {file} tells of events up to {known}"
     log.error("%s: `bitten restore` brings back a backup", reason)
-    journal = Journal(path, origin_seq=known + 1)
-    journal.record_loss(
-        LostRange(1, known, clock(), reason, ""), LostRange(known + 1, None, clock(), reason, "")
-    )
-    return journal
+    new = path.with_suffix(".recovering")
+    _remove(new)
+    with contextlib.closing(Journal(new, origin_seq=known + 1)) as journal, journal.filling():
+        journal.record_loss(
+            LostRange(1, known, clock(), reason, ""),
+            LostRange(known + 1, None, clock(), reason, ""),
+        )
+    _seal(new, path)
+    _finish(path, _aside(path, "corrupt", clock))
+    return Journal(path)
 
 
 def _told(path: Path, backup_dir: Path | None, journal_id: str | None = None) -> tuple[int, str]:

@@ -65,7 +65,10 @@ class UnfinishedMessages:
             is_open = connection.status == psutil.CONN_ESTABLISHED
             if not is_open or connection.laddr.port != self._port or connection.fd in self._heard:
                 continue
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as peer:
+            with (
+                contextlib.suppress(OSError),
+                socket.fromfd(connection.fd, connection.family, connection.type) as peer,
+            ):
                 info = peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RECEIVED.stop)
                 received = int.from_bytes(info[_RECEIVED], "little")
                 if received >= MIN_SENT_BYTES:

@@ -51,3 +51,15 @@ def test_drill_that_was_named_and_cannot_run_is_no_success(
 ) -> None:
     code, (result,) = drill(tmp_path, *plant, "dashboard")
     assert (code, result["result"]) == (2, "not run"), result
+
+
+def test_drill_of_an_unknown_name_is_wrong_use() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "drills", "sigkil"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, PATHS))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "no drill sigkil; known are soak, sigkill, " in done.stderr

@@ -586,6 +586,27 @@ def audited(home: Path, journal_id: str, seq: int) -> None:
     (home / "audit.json").write_bytes(msgspec.json.encode(mark))
 
 
+def test_start_that_dies_beginning_after_lost_events_calls_them_lost_the_next_time(
+    home: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audited(home, "0123456789abcdef", 9_000)
+
+    def start() -> Journal:
+        db = home / "bitten_events.db"
+        return open_journal(path, db, lambda: 1_769_860_800.0, backup_dir=home / "backup")
+
+    def dying(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Journal, "record_loss", dying)
+        start()
+    journal = start()
+    assert {(r.first_seq, r.last_seq) for r in journal.losses} == {(1, 9_000), (9_001, None)}
+    assert journal.origin_seq == journal.last_seq + 1 == 9_001
+    journal.close()
+
+
 @pytest.mark.parametrize("damage", ["garbage", "older copy", "end"])
 def test_seq_goes_on_after_what_an_audit_tells_of_the_journal(
     home: Path, path: Path, kept: dict[int, Batch], damage: str

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from catalogue import DRILLS
-from harness import NOT_RUN, Drill, Result, run, unmet
+from harness import NOT_RUN, Result, run, unmet
 
 SEED = 1
 COLUMNS = {
@@ -23,11 +23,12 @@ COLUMNS = {
     "duplicates": "dupl.",
     "holes": "holes",
 }
+_KNOWN = {d.name: d for d in DRILLS}
 
 
 def main() -> int:
     arguments = _arguments()
-    chosen = DRILLS if "all" in arguments.name else _chosen(arguments.name)
+    chosen = DRILLS if "all" in arguments.name else [_KNOWN[n] for n in arguments.name]
     if not chosen:
         _print_list()
         return 0
@@ -78,15 +79,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--plant", action="store_true", help="with each drill's planted fault: it must break"
     )
-    return parser.parse_args()
-
-
-def _chosen(names: list[str]) -> list[Drill]:
-    known = {d.name: d for d in DRILLS}
-    unknown = [n for n in names if n not in known]
+    arguments = parser.parse_args()
+    unknown = [n for n in arguments.name if n not in {*_KNOWN, "all"}]
     if unknown:
-        raise SystemExit(f"scripts/drill: no drill {unknown[0]}; known are {', '.join(known)}")
-    return [known[n] for n in names]
+        parser.error(f"no drill {unknown[0]}; known are {', '.join(_KNOWN)}")
+    return arguments
 
 
 def _print_list() -> None:
