@@ -52,6 +52,7 @@ def make_backup(
     """
     began = time.monotonic()
     target = folder or settings.backup_dir
+    sources = _sources(settings)
     with _errors(target):
         make_directory(target)
         lock = FileLock(target / ".lock", "a backup")
@@ -63,7 +64,7 @@ def make_backup(
             path = _free_name(target, made_at)
             part = path.with_name(path.name + m.PART)
             try:
-                manifest = _fill(part, settings, made_at)
+                manifest = _fill(part, sources, settings, made_at)
                 part.rename(path)
             except BaseException:
                 shutil.rmtree(part, ignore_errors=True)
@@ -76,7 +77,7 @@ def make_backup(
     return Backup(path=path, manifest=manifest, seconds=seconds, removed=removed, kept=kept)
 
 
-def _fill(part: Path, settings: Settings, made_at: float) -> Manifest:
+def _sources(settings: Settings) -> dict[str, Path]:
     sources = {m.DATABASE: settings.db, m.JOURNAL: settings.journal}
     sources = {name: path for name, path in sources.items() if path.exists()}
     if not sources:
@@ -84,6 +85,10 @@ def _fill(part: Path, settings: Settings, made_at: float) -> Manifest:
             f"there is nothing to back up in {settings.home}",
             hint="start the bus first with `bitten up`, or set BITTEN_HOME to its home",
         )
+    return sources
+
+
+def _fill(part: Path, sources: dict[str, Path], settings: Settings, made_at: float) -> Manifest:
     _check_space(part.parent, settings, list(sources.values()))
     make_directory(part)
     for name, source in sources.items():

@@ -14,6 +14,7 @@ from collector.rotation import Kept
 from collector.seqs import count, text
 from event_bus.cli.output import clock, print_json, print_table
 from event_bus.settings import Settings
+from event_bus.traces import last_known
 
 
 @click.command()
@@ -87,8 +88,11 @@ def restore_command(
         flags = {k: v for k, v in context.find_root().params.items() if k != "debug"}
         settings = Settings.load(**flags)  # config.yaml may be new
     manifest = restore(path, settings, only_database=only is not None)
+    known, trace = last_known(settings.home, settings.backup_dir) if only is None else (0, "")
+    given_up = (manifest.last_seq + 1, known) if known > manifest.last_seq else None
     if as_json:
-        print_json({"backup": path, "home": settings.home, "manifest": manifest, "files": put})
+        answer = {"backup": path, "home": settings.home, "manifest": manifest, "files": put}
+        print_json({**answer, "given_up": given_up})
         return
     click.echo(f"restored from {path}, made {clock(manifest.made_at)}:")
     if manifest.database is not None:
@@ -97,6 +101,8 @@ def restore_command(
         click.echo(f"  {settings.journal}, events up to seq {manifest.journal.last_seq}")
     for file in put:
         click.echo(f"  {settings.home / file}")
+    if given_up:
+        click.echo(f"not in it: events {given_up[0]} to {given_up[1]}, which {trace} tells of")
     click.echo(
         "start bus and collector (`bitten up` or pm2): the collector adds to the database what only"
         " the journal has"
