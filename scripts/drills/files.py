@@ -104,8 +104,8 @@ def _identity(path: Path) -> tuple[int, int]:
 @drill(
     row=13,
     name="file-bad-at-start",
-    fault="database or journal wiped, scribbled over, empty or missing at start, or its -wal"
-    " removed after a SIGKILL of both daemons",
+    fault="database or journal wiped, scribbled over, empty or missing at start, or its -wal, or"
+    " both of them, removed after a SIGKILL of both daemons",
     long="4 times each",
     plant="what is damaged is deleted",
     breaks="is not kept as .corrupt",
@@ -124,6 +124,7 @@ def file_bad_at_start(trial: Trial) -> None:
             else:
                 _start_without_wal_of_journal(trial, is_behind=False)
                 _start_without_wal_of_journal(trial, is_behind=True)
+                _start_without_wal_of_journal(trial, is_behind=False, nor_of_database=True)
     trial.start()
     trial.settle()
     verdict = trial.check()
@@ -257,12 +258,18 @@ def _start_without_wal_of_database(trial: Trial) -> None:
     trial.up.stop()
 
 
-def _start_without_wal_of_journal(trial: Trial, *, is_behind: bool) -> None:
+def _start_without_wal_of_journal(
+    trial: Trial, *, is_behind: bool, nor_of_database: bool = False
+) -> None:
     """What neither the database nor the rest of the journal has is gone, and all of it is named."""
     held = _start_and_kill(trial, is_behind=is_behind)
     wal = Path(f"{trial.system.settings.journal}-wal")
     wal.unlink()
-    kept = max(held.bare_last, held.last_stored)
+    last_stored = held.last_stored
+    if nor_of_database:
+        Path(f"{trial.system.settings.db}-wal").unlink()
+        last_stored = held.bare_last_stored
+    kept = max(held.bare_last, last_stored)
     gone = {seq: event_id for seq, event_id in held.journal.items() if seq > kept}
     trial.expect(max(held.journal) > held.bare_last, f"nothing was in {wal.name} alone")
     behind = max(held.journal) - held.last_stored
