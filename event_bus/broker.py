@@ -10,7 +10,6 @@ import contextlib
 import logging
 import socket
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -19,17 +18,17 @@ import zmq
 
 from event_bus import keys, ports, protocol
 from event_bus.adopt import SpoolAdopter
-from event_bus.allow_list import FILE, UNLIMITED, AllowList, Rights, readable_part
-from event_bus.consumers import MAX_CONSUMERS, Consumer, Consumers
+from event_bus.allow_list import FILE, UNLIMITED, AllowList, Rights
+from event_bus.consumers import Consumers
 from event_bus.errors import JournalDamaged, JournalError, JournalFull
 from event_bus.event_schema import Registry
+from event_bus.fetches import Fetches
 from event_bus.housekeeping import Housekeeping
 from event_bus.intake import Intake, Receipt
-from event_bus.journal import DamagedBatch
 from event_bus.live import LiveEvents
 from event_bus.lock import FileLock
-from event_bus.protocol import BatchHead, ErrorReply, FetchReply, FetchRequest
 from event_bus.recovery import mark_damaged, open_journal
+from event_bus.replies import Replies
 from event_bus.settings import Settings
 from event_bus.status import BrokerStatus
 from event_bus.unfinished import UnfinishedMessages
@@ -41,25 +40,9 @@ log = logging.getLogger(__name__)
 DRAIN_S = 5.0
 MAX_GROUP_BYTES = 2 << 20
 MAX_GROUP_MESSAGES = 512
-MAX_WAITING_FETCHES = 10_000
-"""Of one connection at most `ports.MAX_UNREAD_REPLIES`: the answers to more could be dropped."""
-
-MAX_WAIT_MS = 30_000
 MAX_REQUEST_ID_BYTES = 64
-MAX_REPLY_BYTES = 1 << 20
 
-_decode_fetch = msgspec.json.Decoder(FetchRequest).decode
 _encode = msgspec.json.Encoder().encode
-
-
-class _Waiting(msgspec.Struct):
-    """A fetch that waits for its first event."""
-
-    route: list[bytes]
-    from_seq: int
-    max_bytes: int
-    deadline: float
-    key: str
 
 
 class Broker:
@@ -116,8 +99,6 @@ class Broker:
         self._stopping = False
         self._live = LiveEvents(self._events, self.registry, self._zap, monotonic)
         self._receipts: list[tuple[list[bytes], Receipt]] = []
-        self._waiting: dict[tuple[bytes, ...], _Waiting] = {}
-        self._waiting_of: Counter[bytes] = Counter()
         self._status = BrokerStatus(self.intake, self._consumers, clock=clock, monotonic=monotonic)
         self._unfinished = UnfinishedMessages(self.ingress_url, self._status.memory_bytes)
         self._housekeeping = Housekeeping(
@@ -130,6 +111,17 @@ class Broker:
             self._watchdog,
             self._lock,
             self._unfinished,
+            clock=clock,
+            monotonic=monotonic,
+        )
+        self._replies = Replies(self._ingress, self._zap)
+        self._fetches = Fetches(
+            self.journal,
+            self.registry,
+            self._consumers,
+            self._replies,
+            self._zap,
+            self._housekeeping.found_damaged,
             clock=clock,
             monotonic=monotonic,
         )
@@ -192,16 +184,14 @@ class Broker:
             self._live.publish(committed)
         self.intake.committed.clear()
         for route, receipt in self._receipts:
-            self._reply(route, protocol.ACK, _encode(receipt))
+            self._replies.send(route, protocol.ACK, _encode(receipt))
         self._receipts.clear()
-        self._serve_waiting()
+        self._fetches.serve_waiting()
 
     def _timeout_ms(self) -> int:
         if self._stopping or (self._adopter.pending and self._status.storage_full_since is None):
             return 0
-        due = self._housekeeping.due
-        if self._waiting:
-            due = min(due, min(w.deadline for w in self._waiting.values()))
+        due = min(self._housekeeping.due, self._fetches.due)
         return max(0, int((due - self._monotonic()) * 1000) + 1)
 
     # Requests
@@ -226,27 +216,27 @@ class Broker:
             verb, request_id, *arguments = [*frames[at:], b"", b""][: max(2, len(frames) - at)]
             route = [*frames[:at], request_id[:MAX_REQUEST_ID_BYTES]]
             if len(request_id) > MAX_REQUEST_ID_BYTES:
-                self._fail(
+                self._replies.fail(
                     route,
                     "bad_request",
                     f"a request id has up to {MAX_REQUEST_ID_BYTES} bytes, not {len(request_id)}",
                 )
             elif rights is None:
-                self._forbid(route, key, "this key is not allowed any more")
+                self._replies.forbid(route, key, "this key is not allowed any more")
             elif verb == protocol.PUBLISH and not rights.publish:
-                self._forbid(route, key, f"the key {rights.name} may publish nothing")
+                self._replies.forbid(route, key, f"the key {rights.name} may publish nothing")
             elif verb == protocol.PUBLISH and arguments:
                 self._take(route, arguments, rights)
             elif verb == protocol.FETCH and arguments:
-                self._fetch(route, arguments[0], key, rights)
+                self._fetches.take(route, arguments[0], key, rights)
             elif verb in (protocol.STATUS, protocol.FORGET) and not rights.reads_all:
-                self._forbid(route, key, f"{verb.decode()} needs the right to read all")
+                self._replies.forbid(route, key, f"{verb.decode()} needs the right to read all")
             elif verb == protocol.STATUS:
-                self._reply(route, protocol.STATUS, _encode(self.status()))
+                self._replies.send(route, protocol.STATUS, _encode(self.status()))
             elif verb == protocol.FORGET and arguments:
                 self._forget(route, arguments[0])
             else:
-                self._fail(
+                self._replies.fail(
                     route,
                     "bad_request",
                     "expected [verb, request id, body] with publish, fetch, status or forget,"
@@ -258,7 +248,7 @@ class Broker:
     def _take(self, route: list[bytes], arguments: list[bytes], rights: Rights) -> None:
         reason = self.intake.out_of_turn(arguments[0])
         if reason is not None:
-            self._fail(route, "storage_full", reason)
+            self._replies.fail(route, "storage_full", reason)
             return
         report = arguments[1].decode("utf-8", "replace") if len(arguments) > 1 else None
         receipt = Receipt()
@@ -266,124 +256,13 @@ class Broker:
         taken = self.intake.take(arguments[0], report, None if rights.publishes_all else rights)
         self._receipts[-1] = (route, taken)
 
-    def _fetch(self, route: list[bytes], body: bytes, key: str, rights: Rights) -> None:
-        try:
-            request = _decode_fetch(body)
-        except (msgspec.DecodeError, UnicodeDecodeError) as e:
-            self._fail(route, "bad_request", f"fetch: {e}")
-            return
-        if request.consumer and not rights.reads_all:
-            self._forbid(route, key, "a durable consumer needs the right to read all")
-            return
-        from_seq = request.from_seq
-        if from_seq is None:
-            if request.from_time is None:
-                from_seq = self.journal.last_seq + 1
-            else:
-                from_seq = max(self.journal.seq_at(request.from_time), self.journal.first_seq)
-        if from_seq < self.journal.first_seq:
-            self._fail(
-                route,
-                "trimmed",
-                f"events before {self.journal.first_seq} are no longer in the journal;"
-                f" asked for {from_seq}",
-                first_seq=self.journal.first_seq,
-            )
-            return
-        if from_seq > self.journal.last_seq + 1:
-            self._fail(
-                route,
-                "ahead",
-                f"the journal ends at {self.journal.last_seq}, asked for {from_seq}: it is another"
-                " journal, or an older copy of it was restored",
-            )
-            return
-        if request.consumer:
-            if self._consumers.is_full_for(request.consumer):
-                self._fail(route, "busy", f"there are {MAX_CONSUMERS} durable consumers already")
-                return
-            stored_seq = from_seq if request.stored_seq is None else request.stored_seq
-            self._consumers[request.consumer] = Consumer(
-                min(stored_seq, from_seq), self._clock(), request.problem
-            )
-        waiting = _Waiting(
-            route,
-            from_seq,
-            min(request.max_bytes, MAX_REPLY_BYTES),
-            self._monotonic() + min(request.wait_ms, MAX_WAIT_MS) / 1000,
-            key,
-        )
-        if from_seq <= self.journal.last_seq or request.wait_ms <= 0:
-            self._answer(waiting)
-        elif len(self._waiting) >= MAX_WAITING_FETCHES:
-            self._fail(route, "busy", f"{MAX_WAITING_FETCHES} fetches are waiting already")
-        elif self._waiting_of[route[0]] >= ports.MAX_UNREAD_REPLIES:
-            self._fail(
-                route,
-                "busy",
-                f"{ports.MAX_UNREAD_REPLIES} fetches of this connection are waiting already",
-            )
-        else:
-            self._waiting_of[route[0]] += tuple(route) not in self._waiting
-            self._waiting[tuple(route)] = waiting
-
     def _forget(self, route: list[bytes], name: bytes) -> None:
         """A durable consumer will not come back: the journal is not kept for it any more."""
         consumer = name.decode("utf-8", "replace")
         known = self._consumers.forget(consumer)
-        self._reply(route, protocol.FORGOTTEN, _encode({"consumer": consumer, "known": known}))
-
-    def _serve_waiting(self) -> None:
-        if not self._waiting:
-            return
-        now = self._monotonic()
-        last = self.journal.last_seq
-        due = [k for k, w in self._waiting.items() if w.from_seq <= last or w.deadline <= now]
-        for key in due:
-            self._waiting_of[key[0]] -= 1
-            if not self._waiting_of[key[0]]:
-                del self._waiting_of[key[0]]
-            self._answer(self._waiting.pop(key))
-
-    def _answer(self, waiting: _Waiting) -> None:
-        rights = UNLIMITED if self._zap is None else self._zap.rights(waiting.key)
-        if rights is None:
-            self._forbid(waiting.route, waiting.key, "this key is not allowed any more")
-            return
-        try:
-            batches = self.journal.read(waiting.from_seq, waiting.max_bytes)
-        except DamagedBatch as e:
-            self._housekeeping.found_damaged(e)
-            self._fail(waiting.route, "damaged", str(e), first_seq=e.next_seq)
-            return
-        reply = FetchReply(
-            from_seq=waiting.from_seq,
-            batches=[BatchHead(b.first_seq, b.count, b.received_at) for b in batches],
-            first_seq=self.journal.first_seq,
-            last_seq=self.journal.last_seq,
-            journal_id=self.journal.journal_id,
-            epoch=self.journal.epoch,
+        self._replies.send(
+            route, protocol.FORGOTTEN, _encode({"consumer": consumer, "known": known})
         )
-        bodies = [b.body for b in batches]
-        if not rights.reads_all:
-            bodies = [readable_part(body, rights, self.registry) for body in bodies]
-        self._reply(waiting.route, protocol.BATCHES, _encode(reply), *bodies)
-
-    def _reply(self, route: list[bytes], verb: bytes, *frames: bytes) -> None:
-        *peer, request_id = route
-        # Never waits: what a peer that does not read leaves beyond the high-water mark is dropped.
-        self._ingress.send_multipart([*peer, verb, request_id, *frames], zmq.NOBLOCK)
-
-    def _fail(
-        self, route: list[bytes], code: str, message: str, first_seq: int | None = None
-    ) -> None:
-        error = ErrorReply(code=code, message=message, first_seq=first_seq)
-        self._reply(route, protocol.ERROR, _encode(error))
-
-    def _forbid(self, route: list[bytes], key: str, message: str) -> None:
-        if self._zap is not None:
-            self._zap.door.forbid(key, message)
-        self._fail(route, "forbidden", message)
 
     def _refuse_group(self, error: JournalError) -> None:
         """Nothing of the group is on disk: tell its senders, and go on only if the disk is full."""
@@ -391,7 +270,7 @@ class Broker:
         self.intake.forget()
         full = isinstance(error, JournalFull)
         for route, _ in self._receipts:
-            self._fail(route, "storage_full" if full else "storage_failed", str(error))
+            self._replies.fail(route, "storage_full" if full else "storage_failed", str(error))
         self._receipts.clear()
         if not full:
             raise error

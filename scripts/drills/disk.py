@@ -150,7 +150,8 @@ def arm(path: str) -> None:
     Among the acts are marks: the highest seq that the bus had told anybody of by then.
     """
     from event_bus import database, protocol
-    from event_bus.broker import Broker
+    from event_bus.journal import Journal
+    from event_bus.replies import Replies
 
     recorder = Recorder(lies=path.endswith("-lies"))
 
@@ -161,15 +162,21 @@ def arm(path: str) -> None:
         db.set_busy_timeout(busy_timeout_ms)
         return db
 
-    reply = Broker._reply
+    load, reply = Journal._load, Replies.send
+    opened: list[Journal] = []
 
-    def marking(self: Broker, route: list[bytes], verb: bytes, *frames: bytes) -> None:
+    def remembering(self: Journal) -> None:
+        load(self)
+        opened.append(self)
+
+    def marking(self: Replies, route: list[bytes], verb: bytes, *frames: bytes) -> None:
         if verb in (protocol.ACK, protocol.BATCHES):
-            recorder.note("mark", "acked", self.journal.last_seq)
+            recorder.note("mark", "acked", opened[-1].last_seq)
         reply(self, route, verb, *frames)
 
     database.connect = connect
-    Broker._reply = marking  # type: ignore[method-assign]
+    Journal._load = remembering  # type: ignore[method-assign]
+    Replies.send = marking  # type: ignore[method-assign]
 
     def save() -> None:
         with Path(f"{path}-{os.getpid()}").open("wb") as out:

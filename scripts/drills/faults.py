@@ -70,18 +70,18 @@ def ack_what_is_refused(_: str) -> None:
     if _program() != "bus":
         return
     from event_bus import protocol
-    from event_bus.broker import Broker
+    from event_bus.replies import Replies
 
-    fail = Broker._fail
+    fail = Replies.fail
 
     def lying(self: Any, route: list[bytes], code: str, *rest: Any) -> None:
         if code.startswith("storage_"):
             receipt = b'{"accepted":1,"duplicates":0,"rejected":0,"conflicts":0,"refusals":[]}'
-            self._reply(route, protocol.ACK, receipt)
+            self.send(route, protocol.ACK, receipt)
         else:
             fail(self, route, code, *rest)
 
-    Broker._fail = lying  # type: ignore[method-assign]
+    Replies.fail = lying  # type: ignore[method-assign]
 
 
 def uncounted_drops(_: str) -> None:
@@ -288,10 +288,10 @@ def watch_acks(directory: str) -> None:
     if _program() != "bus":
         return
     from event_bus import protocol
-    from event_bus.broker import Broker
+    from event_bus.replies import Replies
 
     log, late = Path(directory) / "bus.log", Path(directory) / "acked-late"
-    reply = Broker._reply
+    reply = Replies.send
 
     def watching(self: Any, route: list[bytes], verb: bytes, *frames: bytes) -> None:
         if verb == protocol.ACK and b"(INJECTED)" in log.read_bytes():
@@ -299,7 +299,7 @@ def watch_acks(directory: str) -> None:
                 out.write("1\n")
         reply(self, route, verb, *frames)
 
-    Broker._reply = watching  # type: ignore[method-assign]
+    Replies.send = watching  # type: ignore[method-assign]
 
 
 def sync_forgiven(_: str) -> None:

@@ -85,9 +85,9 @@ def _reply(when: str) -> Callable[[Any], None]:
     """Dies before or after the broker hands an acknowledgement to its socket."""
 
     def arm(trigger: Callable[[], None]) -> None:
-        from event_bus.broker import Broker
+        from event_bus.replies import Replies
 
-        original = Broker._reply
+        original = Replies.send
 
         def replaced(self: Any, route: Any, verb: bytes, *frames: bytes) -> None:
             if verb == b"ack" and when == "before":
@@ -96,7 +96,7 @@ def _reply(when: str) -> Callable[[Any], None]:
             if verb == b"ack" and when == "after":
                 trigger()
 
-        Broker._reply = replaced  # type: ignore[method-assign]
+        Replies.send = replaced  # type: ignore[method-assign]
 
     return arm
 
