@@ -6,6 +6,7 @@ its tables hold is told in journal_format.py. One process writes; it holds the l
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from event_bus.journal_format import (
     checksum,
     is_intact,
 )
+from event_bus.traces import END, EndNote
+
+log = logging.getLogger(__name__)
 
 MAX_REMEMBERED_LOSSES = 1_000
 
@@ -54,6 +58,8 @@ class Journal(JournalFile):
     Raises JournalError, also from every method; JournalDamaged, one of them, if the file is not
     what was written. With `create` False a file without tables is damaged too.
     """
+
+    _end_note: EndNote | None = None
 
     def _load(self) -> None:
         """Make what the last run committed safe, count this start, and learn where it ends."""
@@ -87,6 +93,19 @@ class Journal(JournalFile):
         )
         self.first_seq = self._first_seq()
         self.producers = self._load_producers()
+
+    def note_end(self) -> None:
+        """From now on tell beside the file how far it has come."""
+        try:
+            self._end_note = EndNote(self.path.parent, self.journal_id, self.last_seq)
+        except OSError as e:
+            log.warning("cannot write %s: %s", self.path.with_name(END), e.strerror)
+
+    def close(self) -> None:
+        if self._end_note is not None:
+            self._end_note.close()
+            self._end_note = None
+        super().close()
 
     def append(
         self,
@@ -125,6 +144,8 @@ class Journal(JournalFile):
                 db.execute("ROLLBACK")
             raise self._write_error(e) from e
         self.last_seq += count
+        if self._end_note is not None:
+            self._end_note.write(self.last_seq)
         for p, *_ in runs:
             p.last_seen = received_at
         self._keep_wal_short()

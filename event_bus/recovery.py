@@ -48,9 +48,15 @@ def open_journal(
     """The journal at `path`, recovered if it is damaged, empty or gone.
 
     `db` is the events database: what it holds was in the journal once, so seqs go on after that.
-    So do they after what the last audit or a backup in `backup_dir` tells of this journal.
+    So do they after what the last bus, an audit or a backup in `backup_dir` tells of this journal.
     Raises JournalError.
     """
+    journal = _open(path, db, clock, backup_dir)
+    journal.note_end()
+    return journal
+
+
+def _open(path: Path, db: Path, clock: Callable[[], float], backup_dir: Path | None) -> Journal:
     try:
         _finish(path, _aside(path, "replaced", clock))
         reason = _marked(path) or _missing(path, db)

@@ -1,12 +1,37 @@
-"""What else in a home knows how far its journal went, once journal and database are gone."""
+"""What else in a home knows how far its journal went, once its end or all of it is gone."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 
 import msgspec
 
 AUDIT = "audit.json"
+END = "last_seq.json"
+
+
+class EndNote:
+    """Tells beside the journal how far it has come. It is never synced: it outlives its process,
+    though not always a power loss, and so knows of commits that were in a removed -wal alone.
+
+    Raises OSError if it cannot be made; what cannot be noted later is not.
+    """
+
+    def __init__(self, home: Path, journal_id: str, last_seq: int) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        self._fd = os.open(home / END, flags, 0o600)
+        head = b'{"journal_id":"%s","journal":{"last_seq":' % journal_id.encode()
+        self._at = len(head)
+        os.pwrite(self._fd, head + b"%20d}}\n" % last_seq, 0)
+
+    def write(self, last_seq: int) -> None:
+        with contextlib.suppress(OSError):
+            os.pwrite(self._fd, b"%20d" % last_seq, self._at)
+
+    def close(self) -> None:
+        os.close(self._fd)
 
 
 class _Part(msgspec.Struct, frozen=True):
@@ -16,7 +41,7 @@ class _Part(msgspec.Struct, frozen=True):
 
 
 class _Trace(msgspec.Struct, frozen=True):
-    """What audit.json and the manifest of a backup have of it."""
+    """What these files and the manifest of a backup have of it."""
 
     home: str | None = None
     journal_id: str | None = None
@@ -26,11 +51,12 @@ class _Trace(msgspec.Struct, frozen=True):
 
 
 def last_known(home: Path, backup_dir: Path, journal_id: str | None = None) -> tuple[int, str]:
-    """The highest seq that an audit or a backup tells of, and the file; (0, "") if none does.
+    """The highest seq that the last bus, an audit or a backup tells of, and the file; (0, "") if
+    none does.
 
     With `journal_id`, of that journal alone: one begun anew counts again.
     """
-    files = [home / AUDIT, *backup_dir.glob("*Z/manifest.json")]
+    files = [home / END, home / AUDIT, *backup_dir.glob("*Z/manifest.json")]
     found = ((_last_seq(file, home, journal_id), str(file)) for file in files)
     return max((known for known in found if known[0]), default=(0, ""))
 
