@@ -27,8 +27,8 @@ KEPT = "kept beyond"
 class BackupSchedule:
     """Starts `bitten backup` every `backup_interval_s` and sees how it ends.
 
-    `problem` says why the last one failed; empty if it did not. When the last one was made is read
-    from `backup_dir`, so that a restart changes nothing.
+    `problem` says why the last one failed, or that one does not end; empty if neither. When the
+    last one was made is read from `backup_dir`, so that a restart changes nothing.
     """
 
     def __init__(self, settings: Settings, *, clock: Callable[[], float] = time.time) -> None:
@@ -36,6 +36,7 @@ class BackupSchedule:
         self._settings = settings
         self._clock = clock
         self._due_at: float | None = None
+        self._began_at = 0.0
         self._child: subprocess.Popen[str] | None = None
 
     def turn(self, now: float) -> None:
@@ -46,11 +47,16 @@ class BackupSchedule:
             if self._child.poll() is not None:
                 self._end(self._child, now)
                 self._child = None
+            elif now >= self._began_at + self._settings.backup_interval_s:
+                self.problem = (
+                    f"a backup has not come to its end within {self._settings.backup_interval_s} s:"
+                    f" process {self._child.pid}, into {self._settings.backup_dir}"
+                )
         elif self._due_at is None:
             self._due_at = now + self._wait_s()
         elif now >= self._due_at:
             try:
-                self._child = self._start()
+                self._child, self._began_at = self._start(), now
             except OSError as e:
                 self._fail(f"cannot start `bitten backup`: {e.strerror}", now)
 

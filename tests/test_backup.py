@@ -616,6 +616,21 @@ class TestSchedule:
         self.finish(schedule, 101.0)
         assert schedule.problem == ""
 
+    def test_backup_that_does_not_end_is_a_problem_until_it_does(self, settings: Settings) -> None:
+        schedule = BackupSchedule(settings)
+        schedule.turn(0.0)
+        schedule.turn(0.0)
+        child = schedule._child
+        assert child is not None
+        child.send_signal(signal.SIGSTOP)  # as on a network disk that does not answer
+        schedule.turn(99.0)
+        assert schedule.problem == ""
+        schedule.turn(100.0)
+        assert schedule.problem.startswith("a backup has not come to its end within 100 s")
+        child.send_signal(signal.SIGCONT)
+        self.finish(schedule, 101.0)
+        assert schedule.problem == ""
+
     def test_closing_ends_a_backup_that_is_being_made(self, settings: Settings) -> None:
         schedule = BackupSchedule(settings)
         schedule.turn(0.0)
