@@ -47,7 +47,8 @@ class DamagedBatch(JournalError):
     """The events from `first_seq` to before `next_seq` are not what was written, or not there."""
 
     def __init__(self, path: Path, first_seq: int, next_seq: int) -> None:
-        super().__init__(f"{path}: events {first_seq} to {next_seq - 1} are damaged (CRC-32)")
+        what = f"events {first_seq} to {next_seq - 1} are damaged (CRC-32), lost or left out"
+        super().__init__(f"{path}: {what}")
         self.first_seq = first_seq
         self.next_seq = next_seq
 

@@ -195,12 +195,13 @@ def _go_on_after_what_was_read(
         told, _ = _told(journal.path, backup_dir, journal.journal_id)
         read += [last_stored, told]
     end = max([journal.last_seq, *read])
-    if end > journal.last_seq:
-        reason = f"it ends at {journal.last_seq}, but events up to {end} were read of it"
-    elif journal.lacks_wal:
-        reason = f"it ends at {end}, and the -wal that it was open with is gone"
-    else:
+    if end <= journal.last_seq and not journal.lacks_wal:
         return
+    reason = f"it ends at {journal.last_seq}"
+    if end > journal.last_seq:
+        reason += f", but once had events up to {end}"
+    if journal.lacks_wal:
+        reason += ", and the -wal that it was open with is gone"
     if stored_id == journal.journal_id:
         index_stored(journal, db, journal.last_seq, clock)
     losses = [
