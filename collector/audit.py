@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import apsw
@@ -24,9 +25,9 @@ from collector.reader import Reader
 from collector.seqs import Seqs
 from collector.spooled import Spooled, read_spools
 from collector.tally import Count, Tally, gaps, journal_losses
-from collector.wal import file_locks
+from collector.wal import file_locks, wal_bytes
 from event_bus import database, protocol
-from event_bus.errors import BusUnavailable, DatabaseError
+from event_bus.errors import BusUnavailable, DatabaseError, JournalError
 from event_bus.protocol import Client
 from event_bus.settings import Settings
 from event_bus.traces import last_known
@@ -89,6 +90,10 @@ def audit(settings: Settings, *, full: bool = False, accept: bool = False) -> Le
     client = Client(settings) if _bus_may_run(settings) else None
     try:
         return _compare(settings, client, full=full, accept=accept)
+    except JournalError as e:
+        if client is not None and wal_bytes(settings.journal) == 0:
+            raise _removed(Path(f"{settings.journal}-wal")) from e
+        raise
     finally:
         if client is not None:
             client.close()
@@ -98,10 +103,7 @@ def _check_journal(settings: Settings) -> None:
     if settings.journal.exists():
         return
     if (settings.home / "bus.lock").exists() and _bus_may_run(settings):
-        raise DatabaseError(
-            f"{settings.journal} was removed under the bus",
-            hint="do not stop the bus: it puts the file back by itself; ask again in some seconds",
-        )
+        raise _removed(settings.journal)
     past_seq, file = last_known(settings.home, settings.backup_dir)
     if past_seq and not settings.db.exists():
         raise DatabaseError(
@@ -114,15 +116,25 @@ def _check_journal(settings: Settings) -> None:
     )
 
 
+def _removed(file: Path) -> DatabaseError:
+    return DatabaseError(
+        f"{file} was removed under the bus",
+        hint="do not stop the bus: it puts the file back by itself; ask again in some seconds",
+    )
+
+
 def _compare(settings: Settings, client: Client | None, *, full: bool, accept: bool) -> Ledger:
     request = client.send(protocol.STATUS) if client else b""  # answered while we read
     with JournalView(settings.journal) as journal:
         dead = {p.token for p in journal.producers() if not _is_alive(p)}
     spools = read_spools(settings.spool)
     with JournalView(settings.journal) as journal, Reader(settings.db) as reader:
+        status = _answer(client, request) if client and journal.lacks_wal else None
         producers = journal.producers()
         try:
             with _one_reading(reader.db):
+                if journal.lacks_wal:
+                    _lose_wal(settings, journal, reader, status)
                 stored_seq = _stored_seq(reader, journal)
                 opening = vouched.last_opening(reader.db)
                 tally = (
@@ -140,10 +152,12 @@ def _compare(settings: Settings, client: Client | None, *, full: bool, accept: b
                 f"cannot read {settings.db}: {e}", hint=database.reading_hint(e)
             ) from e
         unstored = journal.unstored(stored_seq + 1)
-    status = _answer(client, request) if client else None
+    if client and not status:
+        status = _answer(client, request)
     if status and status["journal_id"] != journal.journal_id:
         status = None  # another home's
-    vouched.save(settings.home, opening, journal.journal_id, tally)
+    if not journal.lacks_wal:  # with it back, there is more to compare
+        vouched.save(settings.home, opening, journal.journal_id, tally)
     not_to_come = _not_to_come(journal, stored_seq, told)
     waiting = max(0, journal.last_seq - max(stored_seq, journal.first_seq - 1))
     waiting -= sum(r.events for r in not_to_come)
@@ -194,6 +208,19 @@ def _compare(settings: Settings, client: Client | None, *, full: bool, accept: b
     )
 
 
+def _lose_wal(
+    settings: Settings, journal: JournalView, reader: Reader, status: dict[str, Any] | None
+) -> None:
+    """Have the journal count what its -wal held as lost. Raises DatabaseError if a bus has it."""
+    if status and status["last_seq"] <= journal.last_seq:
+        return  # emptied by the bus itself, at a limit of file sizes
+    if status or _home_is_held(settings):
+        raise _removed(Path(f"{journal.path}-wal"))
+    told_seq, _ = last_known(settings.home, settings.backup_dir, journal.journal_id)
+    stored_seq = reader.last_seq() if _bound(reader) in (None, journal.journal_id) else 0
+    journal.lose_wal(max(told_seq, stored_seq))
+
+
 def _not_to_come(journal: JournalView, stored_seq: int, told: list[Range]) -> list[Range]:
     """What the journal lost, with how much of it is not a gap yet."""
     losses = {r.first_seq: r for r in told}
@@ -224,11 +251,10 @@ def _one_reading(db: apsw.Connection) -> Iterator[None]:
 
 def _stored_seq(reader: Reader, journal: JournalView) -> int:
     """Up to where to compare. Raises DatabaseError if that makes no sense."""
-    last = reader.last_seq()
-    bound: Any = reader.db.execute("SELECT value FROM _meta WHERE key = 'journal_id'").fetchone()
-    if bound and bound[0] != journal.journal_id and journal.origin_seq <= last:
+    last, bound = reader.last_seq(), _bound(reader)
+    if bound not in (None, journal.journal_id) and journal.origin_seq <= last:
         raise DatabaseError(
-            f"{reader.path} was filled from journal {bound[0]}, and {journal.path} is"
+            f"{reader.path} was filled from journal {bound}, and {journal.path} is"
             f" {journal.journal_id}",
             hint="restore the journal.db or the database that belongs to the other",
         )
@@ -241,6 +267,12 @@ def _stored_seq(reader: Reader, journal: JournalView) -> int:
                 hint="restore the newer journal.db",
             )
     return min(last, journal.last_seq)
+
+
+def _bound(reader: Reader) -> str | None:
+    """The journal that the database was filled from."""
+    row: Any = reader.db.execute("SELECT value FROM _meta WHERE key = 'journal_id'").fetchone()
+    return row[0] if row else None
 
 
 def _accounts(
@@ -308,9 +340,14 @@ def _bus_may_run(settings: Settings) -> bool:
     try:
         return psutil.pid_exists(int((settings.home / "bus.lock").read_text()))
     except FileNotFoundError:
-        return bool(file_locks(settings.home))  # a running bus holds this too, and makes it again
+        return _home_is_held(settings)  # a running bus holds this too, and makes it again
     except (OSError, ValueError):
         return False
+
+
+def _home_is_held(settings: Settings) -> bool:
+    """True if a process holds it for sure; outside Linux nobody knows."""
+    return bool(file_locks(settings.home))
 
 
 def _answer(client: Client, request: bytes) -> dict[str, Any] | None:

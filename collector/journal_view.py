@@ -12,8 +12,10 @@ import msgspec
 
 from collector import ledger
 from collector.ledger import Range, Report
+from collector.wal import wal_bytes
 from event_bus import database
 from event_bus.errors import JournalError
+from event_bus.journal_format import WAL_HOLDS_MORE
 
 
 class ProducerRow(msgspec.Struct):
@@ -35,6 +37,8 @@ class JournalView:
                 meta = dict(self._db.execute("SELECT key, value FROM meta"))
                 self.journal_id: str = meta["journal_id"]
                 self.origin_seq: int = meta.get("origin_seq", 1)
+                self.lacks_wal = meta.get(WAL_HOLDS_MORE) == 1 and wal_bytes(path) == 0
+                """What was committed last is gone, or will be when the bus starts."""
                 trimmed: int = meta["trimmed_seq"]
                 first, last = self._row("SELECT min(first_seq), max(first_seq) FROM batch")
                 self.losses = self._losses()
@@ -91,6 +95,19 @@ class JournalView:
         """The last seq, as it is by now and not when this view was made."""
         with JournalView(self.path) as now:
             return now.last_seq
+
+    def lose_wal(self, known_seq: int) -> None:
+        """Count what the -wal held as lost: as far as the journal is known to have gone, by
+        `known_seq` or by whoever read it, and what nobody knows of."""
+        name = self.path.name
+        reason = f"{name}-wal is gone: put it back, or start the bus, which records what is lost"
+        with self._errors():
+            (read_seq,) = self._row("SELECT coalesce(max(next_seq), 1) - 1 FROM consumer")
+        first, end = self.last_seq + 1, max(self.last_seq, known_seq, read_seq)
+        if first <= end:
+            self.losses.append(ledger.lost_by_journal(first, end, None, reason))
+        self.losses.append(ledger.lost_by_journal(end + 1, None, None, reason))
+        self.last_seq = end
 
     def close(self) -> None:
         self._db.close()

@@ -600,6 +600,89 @@ def test_a_journal_older_than_the_database_is_refused(books: Books, tmp_path: Pa
         audit(books.settings)
 
 
+def wal_of(system: System) -> Path:
+    return Path(f"{system.settings.journal}-wal")
+
+
+def test_events_of_a_wal_that_is_gone_are_not_called_none_before_the_bus_starts(
+    rested: System,
+) -> None:
+    stored = rested.stored()
+    bus = rested.start_bus()
+    assert rested.script(EMIT, "5", "flush").returncode == 0
+    bus.kill()
+    bus.wait()
+    wal = wal_of(rested)
+    assert audit(rested.settings).unstored >= 5
+    kept = wal.rename(wal.with_suffix(".kept"))
+    for _ in range(2):  # the first one leaves an empty -wal
+        done = rested.bitten("audit")
+        assert done.returncode == 1
+        assert done.stdout.splitlines()[-1] == (
+            f"0 lost: an unknown number from seq {stored + 1} on, lost with the journal"
+        )
+        assert "journal.db-wal is gone: put it back, or start the bus" in done.stdout
+    shutil.copy(kept, wal)
+    ledger = balanced(audit(rested.settings))
+    assert (ledger.verdict, ledger.unstored >= 5) == ("0 lost", True)
+    wal.unlink()
+    bus = rested.start_bus()
+    rested.start_collector()
+    wait_until(lambda: audit(rested.settings).left_out, "the bus has recorded it")
+    ledger = balanced(audit(rested.settings))
+    assert [r for r in ledger.ranges if r.last_seq is None] == []
+    assert ledger.news
+
+
+def test_database_past_a_journal_whose_wal_is_gone_is_audited_by_its_rows(
+    system: System,
+) -> None:
+    bus = system.start_bus()
+    collector = system.start_collector()
+    assert system.script(EMIT, "5", "flush").returncode == 0
+    stored = system.wait_stored()
+    stop(collector)
+    assert system.script(EMIT, "3", "flush").returncode == 0
+    assert system.bitten("backup").returncode == 0  # it tells how far the journal went
+    status = system.status()
+    assert status is not None
+    bus.kill()
+    bus.wait()
+    wal_of(system).unlink()
+    ledger = balanced(audit(system.settings))
+    last, lost = status["last_seq"], status["last_seq"] - stored
+    assert lost >= 3
+    assert (ledger.lost, ledger.stored, ledger.at_least) == (lost, stored, True)
+    assert ledger.verdict == (
+        f"{lost} lost: {lost} lost by the journal and not stored (seq 1-{last}); an unknown number"
+        f" from seq {last + 1} on, lost with the journal"
+    )
+    system.start_bus()
+    system.start_collector()
+    wait_until(lambda: audit(system.settings).left_out, "the bus has recorded it")
+    ledger = balanced(audit(system.settings, full=True))
+    assert (ledger.lost, ledger.at_least) == (lost, True)
+
+
+@pytest.mark.parametrize("removed", [["-wal"], ["-wal", "-shm"]], ids=str)
+def test_wal_removed_under_the_bus_is_no_loss(running: System, removed: list[str]) -> None:
+    (bus, *_) = running.processes
+    bus.send_signal(signal.SIGSTOP)  # or it puts the file back before anybody looks
+    for suffix in removed:
+        Path(f"{running.settings.journal}{suffix}").unlink()
+    with pytest.raises(DatabaseError, match=r"journal.db-wal was removed under the bus"):
+        audit(running.settings)
+    bus.send_signal(signal.SIGCONT)
+
+    def is_back() -> bool:
+        try:
+            return audit(running.settings).verdict == "0 lost"
+        except DatabaseError:
+            return False
+
+    wait_until(is_back, "the bus puts it back")
+
+
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("publish"), st.integers(0, 3), st.integers(1, 9)),
