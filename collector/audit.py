@@ -17,12 +17,12 @@ import apsw
 import msgspec
 import psutil
 
-from collector import ledger, vouched
+from collector import attribution, ledger, vouched
 from collector.accepted import reconcile
 from collector.journal_view import JournalView, ProducerRow
-from collector.ledger import Account, Held, Known, Range
+from collector.ledger import Account, Held, Known, Range, Span
 from collector.reader import Reader
-from collector.seqs import Seqs
+from collector.seqs import Seqs, count, merged, without
 from collector.spooled import Spooled, read_spools
 from collector.tally import Count, Tally, gaps, journal_losses
 from collector.wal import file_locks, wal_bytes
@@ -39,9 +39,10 @@ CLOCK_SLACK_S = 1.0
 class Ledger(msgspec.Struct, kw_only=True):
     """The answer of `bitten audit`; docs/audit.md says what each count means.
 
-    `at_least` is true if nobody knows how much the journal lost besides, as where `left_out` seqs
-    were not given out after a recovery. `accepted` of the lost
-    events are known to the owner, `news` is true if there is a loss that is not.
+    `at_least` is true if nobody knows how much is lost besides: where the journal's end is not
+    known, where `left_out` seqs were not given out after a recovery, or where up to `contested` of
+    the unaccounted may be among events of the ranges. `accepted` of the lost events are known to
+    the owner, `news` is true if there is a loss that is not.
     """
 
     verdict: str
@@ -62,6 +63,7 @@ class Ledger(msgspec.Struct, kw_only=True):
     unstored: int
     missing: int
     unaccounted: int
+    contested: int
     undecided: int
     truncated: int
     gaps: int
@@ -151,7 +153,7 @@ def _compare(settings: Settings, client: Client | None, *, full: bool, accept: b
             raise DatabaseError(
                 f"cannot read {settings.db}: {e}", hint=database.reading_hint(e)
             ) from e
-        unstored = journal.unstored(stored_seq + 1)
+        spans = journal.spans(stored_seq + 1)
     if client and not status:
         status = _answer(client, request)
     if status and status["journal_id"] != journal.journal_id:
@@ -164,11 +166,14 @@ def _compare(settings: Settings, client: Client | None, *, full: bool, accept: b
     ranges += [r for r in not_to_come if r.events or r.kind != ledger.LEFT_OUT]
     ranges += _not_missed_yet(journal, stored_seq, left_out)
     ranges.sort(key=lambda r: r.first_seq)
-    accounts = _accounts(producers, dead, spools, tally, unstored)
-    foreign = _foreign(tally, waiting - sum(unstored.values()))
-    by_ranges = sum(r.events for r in ranges if r.kind != ledger.LEFT_OUT)
-    ledger.settle_missing(accounts, by_ranges - sum(a.missing for a in accounts))
-    lost, verdict = ledger.verdict(accounts, ranges)
+    accounts = _accounts(producers, dead, spools, tally, spans, journal.lost())
+    foreign = _foreign(tally, waiting - sum(a.unstored for a in accounts))
+    contested = attribution.settle_missing(
+        accounts,
+        attribution.unowned(tally, ranges, spans, stored_seq, left_out),
+        attribution.skips(tally, producers, spans, journal.last_seq),
+    )
+    lost, verdict = ledger.verdict(accounts, ranges, contested=contested)
     try:
         accepted = reconcile(settings.home, journal.journal_id, accounts, ranges, accept=accept)
     except OSError as e:
@@ -177,7 +182,8 @@ def _compare(settings: Settings, client: Client | None, *, full: bool, accept: b
             hint="run it as the owner of that directory",
         ) from e
     known, news = accepted.compare(accounts, ranges)
-    at_least = any(r.last_seq is None or r.kind == ledger.LEFT_OUT for r in ranges)
+    known = min(known, lost)
+    at_least = contested > 0 or any(r.last_seq is None or r.kind == ledger.LEFT_OUT for r in ranges)
     if at_least and not news:
         verdict += " (all of it known and accepted)"
     elif known or accepted.endless:
@@ -191,6 +197,7 @@ def _compare(settings: Settings, client: Client | None, *, full: bool, accept: b
         at_least=at_least,
         waiting=total.in_memory + total.in_spool,
         **{name: getattr(total, name) for name in ledger.SUMMED if name != "processes"},
+        contested=contested,
         truncated=tally.truncated,
         gaps=_events(ranges, "gap"),
         holes=_events(ranges, "hole"),
@@ -280,9 +287,12 @@ def _accounts(
     dead: set[str],
     spools: dict[str, Spooled],
     tally: Tally,
-    unstored: dict[str, int],
+    spans: dict[str, list[Span]],
+    lost: Seqs,
 ) -> list[Account]:
     rows = {p.token: p for p in producers}
+    ahead = {token: merged((a, b) for _, a, b in found) for token, found in spans.items()}
+    unstored = {token: count(without(seqs, lost)) for token, seqs in ahead.items()}
     # The bus's own accounts of refusals are among these.
     doubt = sum(n for token, n in unstored.items() if rows[token].report is None)
     accounts = []
@@ -301,6 +311,7 @@ def _accounts(
             last_seen=row.last_seen if row else None,
             alive=row is not None and token not in dead,
             unstored=unstored.get(token, 0),
+            lost=count(ahead.get(token, [])) - unstored.get(token, 0),
             spooled=spool.after(last_n) if spool else 0,
             spooled_n=spool.last_n if spool else 0,
             dropped_at_end=spool.dropped if spool else 0,

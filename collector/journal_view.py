@@ -11,7 +11,8 @@ import apsw
 import msgspec
 
 from collector import ledger
-from collector.ledger import Range, Report
+from collector.ledger import Range, Report, Span
+from collector.seqs import Seqs, merged
 from collector.wal import wal_bytes
 from event_bus import database
 from event_bus.errors import JournalError
@@ -77,19 +78,18 @@ class JournalView:
                 "SELECT event_id, seq FROM opaque_id WHERE seq >= ?", (from_seq,)
             )
 
-    def unstored(self, from_seq: int) -> dict[str, int]:
-        """How many events of each process lie at `from_seq` and after, and are not lost."""
-        counts: dict[str, int] = {}
-        for token, first_n, last_n, first_seq in self.runs(from_seq):
-            last_seq = first_seq + last_n - first_n
-            first_seq = max(first_seq, from_seq)
-            lost = sum(
-                max(0, min(r.last_seq, last_seq) - max(r.first_seq, first_seq) + 1)
-                for r in self.losses
-                if r.last_seq is not None
-            )
-            counts[token] = counts.get(token, 0) + last_seq - first_seq + 1 - lost
-        return counts
+    def spans(self, from_seq: int) -> dict[str, list[Span]]:
+        """Of each process what lies at `from_seq` and after, be it lost or not, in order."""
+        spans: dict[str, list[Span]] = {}
+        for token, n, last_n, first_seq in self.runs(from_seq):
+            past = max(0, from_seq - first_seq)
+            span = (n + past, first_seq + past, first_seq + last_n - n)
+            spans.setdefault(token, []).append(span)
+        return {token: sorted(found, key=lambda span: span[1]) for token, found in spans.items()}
+
+    def lost(self) -> Seqs:
+        """The seqs that this journal knows to be lost, or left out."""
+        return merged((r.first_seq, r.last_seq) for r in self.losses if r.last_seq is not None)
 
     def last_seq_now(self) -> int:
         """The last seq, as it is by now and not when this view was made."""
