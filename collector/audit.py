@@ -17,8 +17,9 @@ import apsw
 import msgspec
 import psutil
 
-from collector import attribution, ledger, vouched
+from collector import attribution, in_backups, ledger, vouched
 from collector.accepted import reconcile
+from collector.in_backups import InBackup
 from collector.journal_view import JournalView, ProducerRow
 from collector.ledger import Account, Held, Known, Range, Span
 from collector.reader import Reader
@@ -77,6 +78,7 @@ class Ledger(msgspec.Struct, kw_only=True):
     counted_from_seq: int
     bus: str
     ranges: list[Range]
+    in_backups: list[InBackup]
     sources: list[Account]
     producers: list[Account]
 
@@ -210,6 +212,7 @@ def _compare(settings: Settings, client: Client | None, *, full: bool, accept: b
         counted_from_seq=counted_from,
         bus=status["state"] if status else "away",
         ranges=ranges,
+        in_backups=in_backups.find(settings, journal, stored_seq, ranges),
         sources=ledger.by_source([*accounts, *foreign]),
         producers=accounts,
     )

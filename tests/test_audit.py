@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from collector import vouched
 from collector.audit import Ledger, audit
+from collector.backup import make_backup
 from collector.ledger import Account
 from collector.store import Store
 from event_bus import database, envelope
@@ -756,6 +758,93 @@ def test_a_gap_from_before_a_process_began_explains_none_of_its_numbers(books: B
     take(books, early, 4, 5)  # this one may have been there
     books.collect()
     assert by_process(books.audit())[early] == (5, 3, 0)
+
+
+def test_backup_that_brings_lost_rows_back_is_named_with_the_commands(running: System) -> None:
+    assert running.script(EMIT, "5", "flush").returncode == 0
+    running.wait_stored()
+    assert running.bitten("backup").returncode == 0
+    assert running.script(EMIT, "5", "flush").returncode == 0
+    stored = running.wait_stored()
+    _, collector, *_ = running.processes
+    stop(collector)
+    db = database.connect(running.db)
+    db.execute("DELETE FROM _event WHERE seq IN (2, 3)")
+    db.close()
+    ledger = audit(running.settings)
+    (found,) = ledger.in_backups
+    assert (ledger.lost, found.seqs, found.restores) == (2, [(2, 3)], True)
+    done = running.bitten("audit")
+    assert f"backup {found.backup} has 2 of these (seq 2-3); to bring them back" in done.stdout
+    assert found.command in done.stdout
+    bitten = f"{sys.executable} -m event_bus --home"
+    command = found.command.replace("bitten --home", bitten)
+    subprocess.run(command, shell=True, check=True, env=running.environ, timeout=60)
+    running.start_collector()
+    assert running.wait_stored() >= stored
+    ledger = audit(running.settings)
+    assert (ledger.verdict, ledger.in_backups, ledger.holes) == ("0 lost", [], 0)
+
+
+def shown_there(command: str) -> list[str]:
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.skipif(shutil.which("sqlite3") is None, reason="needs the sqlite3 program")
+def test_backup_that_would_give_up_newer_events_is_only_to_be_looked_at(books: Books) -> None:
+    take(books, TOKEN, 1, 5)
+    books.collect()
+    make_backup(books.settings)
+    take(books, TOKEN, 6, 9)
+    books.collect()
+    books.trim(10)  # 6 to 9 are in the database alone
+    books.execute("DELETE FROM _event WHERE seq IN (2, 4)")
+    (found,) = books.audit().in_backups
+    assert (found.seqs, found.restores) == ([(2, 2), (4, 4)], False)
+    assert [row.split("|")[0] for row in shown_there(found.command)] == ["2", "4"]
+
+
+@pytest.mark.skipif(shutil.which("sqlite3") is None, reason="needs the sqlite3 program")
+def test_lost_events_that_only_the_journal_of_a_backup_has_are_shown_from_there(
+    books: Books,
+) -> None:
+    take(books, TOKEN, 1, 5)
+    books.collect()
+    take(books, TOKEN, 6, 7)
+    make_backup(books.settings)
+    books.journal.record_loss(LostRange(4, 7, 1_000.0, "CRC-32 is wrong", "journal.db"))
+    (found,) = books.audit().in_backups
+    assert (found.seqs, found.events, found.restores) == ([(6, 7)], 2, False)
+    there = shown_there(found.command)
+    assert [there[0].split("|")[0], len(there)] == ["6", 3]  # two lines, and the batch's last end
+    assert f'"event_id":"{TOKEN}-7"' in there[1]
+
+
+def test_backup_of_another_journal_is_no_advice(books: Books, tmp_path: Path) -> None:
+    other = Books(tmp_path / "other", BITTEN_BACKUP_DIR=str(books.settings.backup_dir))
+    take(other, TOKEN, 1, 5)
+    other.collect()
+    make_backup(other.settings)
+    other.close()
+    take(books, TOKEN, 1, 5)
+    books.collect()
+    books.execute("DELETE FROM _event WHERE seq IN (2, 4)")
+    assert books.audit().in_backups == []
+
+
+def test_backup_of_events_that_a_new_database_never_had_is_named(books: Books) -> None:
+    take(books, TOKEN, 1, 5)
+    books.collect()
+    make_backup(books.settings)
+    books.trim(6)
+    books.store.close()
+    for path in books.settings.home.glob("bitten_events.db*"):
+        path.unlink()
+    books.open_store()
+    assert books.store.last_seq == 0
+    (found,) = books.audit().in_backups
+    assert (found.seqs, found.restores) == ([(1, 5)], True)
 
 
 def wal_of(system: System) -> Path:
