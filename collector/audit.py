@@ -274,7 +274,8 @@ def _stored_seq(reader: Reader, journal: JournalView) -> int:
             raise DatabaseError(
                 f"{reader.path} has events up to seq {last}, and {journal.path} ends at {now}: an"
                 " older copy of the journal was restored",
-                hint="restore the newer journal.db",
+                hint="restore the newer journal.db, or start the bus: it goes on behind the"
+                " database's last event and records what is lost",
             )
     return min(last, journal.last_seq)
 

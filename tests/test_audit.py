@@ -32,6 +32,7 @@ from event_bus.intake import Intake
 from event_bus.journal import Journal
 from event_bus.journal_format import LEFT_OUT, LostRange
 from event_bus.protocol import Client
+from event_bus.recovery import open_journal
 from event_bus.rejection import rejection
 from event_bus.settings import Settings
 from event_bus.subscriber import Batch
@@ -600,8 +601,13 @@ def test_a_journal_older_than_the_database_is_refused(books: Books, tmp_path: Pa
     books.collect()
     books.journal.close()
     shutil.copy(tmp_path / "old.db", books.settings.journal)
-    with pytest.raises(DatabaseError, match=r"has events up to seq 10, and .* ends at 5"):
+    told = r"has events up to seq 10, and .* ends at 5: an older copy .* or start the bus"
+    with pytest.raises(DatabaseError, match=told):
         audit(books.settings)
+    books.journal = open_journal(books.settings.journal, books.settings.db)  # as a start does
+    assert books.journal.last_seq > 10
+    ledger = books.audit()
+    assert (ledger.lost, ledger.at_least, ledger.stored) == (0, True, 10)
 
 
 OTHER = "f" * 20
