@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from collector.ledger import LEFT_OUT, Account, Range
-from collector.seqs import Seqs, merged
+from collector.seqs import Seqs, between, merged
 
 FILE = "audit-accepted.json"
 
@@ -48,7 +48,7 @@ class Accepted(msgspec.Struct, kw_only=True, frozen=True):
         endless = {r.first_seq for r in ranges if r.last_seq is None}
         return Accepted(
             journal_id=self.journal_id,
-            seqs=[piece for a, b in _seqs(ranges) for piece in _within(self.seqs, a, b)],
+            seqs=[piece for a, b in _seqs(ranges) for piece in between(self.seqs, a, b)],
             endless=[seq for seq in self.endless if seq in endless],
             dropped=_at_most(self.dropped, dropped),
             unaccounted=_at_most(self.unaccounted, found),
@@ -61,7 +61,7 @@ class Accepted(msgspec.Struct, kw_only=True, frozen=True):
             if r.last_seq is None:
                 news |= r.first_seq not in self.endless
             elif r.events:
-                covered = sum(b - a + 1 for a, b in _within(self.seqs, r.first_seq, r.last_seq))
+                covered = sum(b - a + 1 for a, b in between(self.seqs, r.first_seq, r.last_seq))
                 known += min(covered, r.events) if r.kind != LEFT_OUT else 0
                 news |= covered <= r.last_seq - r.first_seq
         for account in accounts:
@@ -115,10 +115,6 @@ def reconcile(
 
 def _seqs(ranges: Iterable[Range]) -> Seqs:
     return merged((r.first_seq, r.last_seq or 0) for r in ranges if r.events)
-
-
-def _within(seqs: Seqs, first: int, last: int) -> Seqs:
-    return [(max(a, first), min(b, last)) for a, b in seqs if a <= last and b >= first]
 
 
 def _at_most(counts: dict[str, int], found: dict[str, int]) -> dict[str, int]:

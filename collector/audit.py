@@ -10,23 +10,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import apsw
 import msgspec
 import psutil
 
-from collector import ledger, vouched
+from collector import attribution, in_backups, ledger, vouched
 from collector.accepted import reconcile
+from collector.in_backups import InBackup
 from collector.journal_view import JournalView, ProducerRow
-from collector.ledger import Account, Held, Known, Range
+from collector.ledger import Account, Held, Known, Range, Span
 from collector.reader import Reader
-from collector.seqs import Seqs
+from collector.seqs import Seqs, count, merged, without
 from collector.spooled import Spooled, read_spools
 from collector.tally import Count, Tally, gaps, journal_losses
-from collector.wal import file_locks
+from collector.wal import file_locks, wal_bytes
 from event_bus import database, protocol
-from event_bus.errors import BusUnavailable, DatabaseError
+from event_bus.errors import BusUnavailable, DatabaseError, JournalError
 from event_bus.protocol import Client
 from event_bus.settings import Settings
 from event_bus.traces import last_known
@@ -38,9 +40,10 @@ CLOCK_SLACK_S = 1.0
 class Ledger(msgspec.Struct, kw_only=True):
     """The answer of `bitten audit`; docs/audit.md says what each count means.
 
-    `at_least` is true if nobody knows how much the journal lost besides, as where `left_out` seqs
-    were not given out after a recovery. `accepted` of the lost
-    events are known to the owner, `news` is true if there is a loss that is not.
+    `at_least` is true if nobody knows how much is lost besides: where the journal's end is not
+    known, where `left_out` seqs were not given out after a recovery, or where up to `contested` of
+    the unaccounted may be among events of the ranges. `accepted` of the lost events are known to
+    the owner, `news` is true if there is a loss that is not.
     """
 
     verdict: str
@@ -61,6 +64,7 @@ class Ledger(msgspec.Struct, kw_only=True):
     unstored: int
     missing: int
     unaccounted: int
+    contested: int
     undecided: int
     truncated: int
     gaps: int
@@ -74,6 +78,7 @@ class Ledger(msgspec.Struct, kw_only=True):
     counted_from_seq: int
     bus: str
     ranges: list[Range]
+    in_backups: list[InBackup]
     sources: list[Account]
     producers: list[Account]
 
@@ -89,6 +94,10 @@ def audit(settings: Settings, *, full: bool = False, accept: bool = False) -> Le
     client = Client(settings) if _bus_may_run(settings) else None
     try:
         return _compare(settings, client, full=full, accept=accept)
+    except JournalError as e:
+        if client is not None and wal_bytes(settings.journal) == 0:
+            raise _removed(Path(f"{settings.journal}-wal")) from e
+        raise
     finally:
         if client is not None:
             client.close()
@@ -98,10 +107,7 @@ def _check_journal(settings: Settings) -> None:
     if settings.journal.exists():
         return
     if (settings.home / "bus.lock").exists() and _bus_may_run(settings):
-        raise DatabaseError(
-            f"{settings.journal} was removed under the bus",
-            hint="do not stop the bus: it puts the file back by itself; ask again in some seconds",
-        )
+        raise _removed(settings.journal)
     past_seq, file = last_known(settings.home, settings.backup_dir)
     if past_seq and not settings.db.exists():
         raise DatabaseError(
@@ -114,15 +120,25 @@ def _check_journal(settings: Settings) -> None:
     )
 
 
+def _removed(file: Path) -> DatabaseError:
+    return DatabaseError(
+        f"{file} was removed under the bus",
+        hint="do not stop the bus: it puts the file back by itself; ask again in some seconds",
+    )
+
+
 def _compare(settings: Settings, client: Client | None, *, full: bool, accept: bool) -> Ledger:
     request = client.send(protocol.STATUS) if client else b""  # answered while we read
     with JournalView(settings.journal) as journal:
         dead = {p.token for p in journal.producers() if not _is_alive(p)}
     spools = read_spools(settings.spool)
     with JournalView(settings.journal) as journal, Reader(settings.db) as reader:
+        status = _answer(client, request) if client and journal.lacks_wal else None
         producers = journal.producers()
         try:
             with _one_reading(reader.db):
+                if journal.lacks_wal:
+                    _lose_wal(settings, journal, reader, status)
                 stored_seq = _stored_seq(reader, journal)
                 opening = vouched.last_opening(reader.db)
                 tally = (
@@ -139,22 +155,27 @@ def _compare(settings: Settings, client: Client | None, *, full: bool, accept: b
             raise DatabaseError(
                 f"cannot read {settings.db}: {e}", hint=database.reading_hint(e)
             ) from e
-        unstored = journal.unstored(stored_seq + 1)
-    status = _answer(client, request) if client else None
+        spans = journal.spans(stored_seq + 1)
+    if client and not status:
+        status = _answer(client, request)
     if status and status["journal_id"] != journal.journal_id:
         status = None  # another home's
-    vouched.save(settings.home, opening, journal.journal_id, tally)
+    if not journal.lacks_wal:  # with it back, there is more to compare
+        vouched.save(settings.home, opening, journal.journal_id, tally)
     not_to_come = _not_to_come(journal, stored_seq, told)
     waiting = max(0, journal.last_seq - max(stored_seq, journal.first_seq - 1))
     waiting -= sum(r.events for r in not_to_come)
     ranges += [r for r in not_to_come if r.events or r.kind != ledger.LEFT_OUT]
     ranges += _not_missed_yet(journal, stored_seq, left_out)
     ranges.sort(key=lambda r: r.first_seq)
-    accounts = _accounts(producers, dead, spools, tally, unstored)
-    foreign = _foreign(tally, waiting - sum(unstored.values()))
-    by_ranges = sum(r.events for r in ranges if r.kind != ledger.LEFT_OUT)
-    ledger.settle_missing(accounts, by_ranges - sum(a.missing for a in accounts))
-    lost, verdict = ledger.verdict(accounts, ranges)
+    accounts = _accounts(producers, dead, spools, tally, spans, journal.lost())
+    foreign = _foreign(tally, waiting - sum(a.unstored for a in accounts))
+    contested = attribution.settle_missing(
+        accounts,
+        attribution.unowned(tally, ranges, spans, stored_seq, left_out),
+        attribution.skips(tally, producers, spans, journal.last_seq),
+    )
+    lost, verdict = ledger.verdict(accounts, ranges, contested=contested)
     try:
         accepted = reconcile(settings.home, journal.journal_id, accounts, ranges, accept=accept)
     except OSError as e:
@@ -163,7 +184,8 @@ def _compare(settings: Settings, client: Client | None, *, full: bool, accept: b
             hint="run it as the owner of that directory",
         ) from e
     known, news = accepted.compare(accounts, ranges)
-    at_least = any(r.last_seq is None or r.kind == ledger.LEFT_OUT for r in ranges)
+    known = min(known, lost)
+    at_least = contested > 0 or any(r.last_seq is None or r.kind == ledger.LEFT_OUT for r in ranges)
     if at_least and not news:
         verdict += " (all of it known and accepted)"
     elif known or accepted.endless:
@@ -177,6 +199,7 @@ def _compare(settings: Settings, client: Client | None, *, full: bool, accept: b
         at_least=at_least,
         waiting=total.in_memory + total.in_spool,
         **{name: getattr(total, name) for name in ledger.SUMMED if name != "processes"},
+        contested=contested,
         truncated=tally.truncated,
         gaps=_events(ranges, "gap"),
         holes=_events(ranges, "hole"),
@@ -189,9 +212,23 @@ def _compare(settings: Settings, client: Client | None, *, full: bool, accept: b
         counted_from_seq=counted_from,
         bus=status["state"] if status else "away",
         ranges=ranges,
+        in_backups=in_backups.find(settings, journal, stored_seq, ranges),
         sources=ledger.by_source([*accounts, *foreign]),
         producers=accounts,
     )
+
+
+def _lose_wal(
+    settings: Settings, journal: JournalView, reader: Reader, status: dict[str, Any] | None
+) -> None:
+    """Have the journal count what its -wal held as lost. Raises DatabaseError if a bus has it."""
+    if status and status["last_seq"] <= journal.last_seq:
+        return  # emptied by the bus itself, at a limit of file sizes
+    if status or _home_is_held(settings):
+        raise _removed(Path(f"{journal.path}-wal"))
+    told_seq, _ = last_known(settings.home, settings.backup_dir, journal.journal_id)
+    stored_seq = reader.last_seq() if _bound(reader) in (None, journal.journal_id) else 0
+    journal.lose_wal(max(told_seq, stored_seq))
 
 
 def _not_to_come(journal: JournalView, stored_seq: int, told: list[Range]) -> list[Range]:
@@ -224,11 +261,10 @@ def _one_reading(db: apsw.Connection) -> Iterator[None]:
 
 def _stored_seq(reader: Reader, journal: JournalView) -> int:
     """Up to where to compare. Raises DatabaseError if that makes no sense."""
-    last = reader.last_seq()
-    bound: Any = reader.db.execute("SELECT value FROM _meta WHERE key = 'journal_id'").fetchone()
-    if bound and bound[0] != journal.journal_id and journal.origin_seq <= last:
+    last, bound = reader.last_seq(), _bound(reader)
+    if bound not in (None, journal.journal_id) and journal.origin_seq <= last:
         raise DatabaseError(
-            f"{reader.path} was filled from journal {bound[0]}, and {journal.path} is"
+            f"{reader.path} was filled from journal {bound}, and {journal.path} is"
             f" {journal.journal_id}",
             hint="restore the journal.db or the database that belongs to the other",
         )
@@ -238,9 +274,16 @@ def _stored_seq(reader: Reader, journal: JournalView) -> int:
             raise DatabaseError(
                 f"{reader.path} has events up to seq {last}, and {journal.path} ends at {now}: an"
                 " older copy of the journal was restored",
-                hint="restore the newer journal.db",
+                hint="restore the newer journal.db, or start the bus: it goes on behind the"
+                " database's last event and records what is lost",
             )
     return min(last, journal.last_seq)
+
+
+def _bound(reader: Reader) -> str | None:
+    """The journal that the database was filled from."""
+    row: Any = reader.db.execute("SELECT value FROM _meta WHERE key = 'journal_id'").fetchone()
+    return row[0] if row else None
 
 
 def _accounts(
@@ -248,9 +291,12 @@ def _accounts(
     dead: set[str],
     spools: dict[str, Spooled],
     tally: Tally,
-    unstored: dict[str, int],
+    spans: dict[str, list[Span]],
+    lost: Seqs,
 ) -> list[Account]:
     rows = {p.token: p for p in producers}
+    ahead = {token: merged((a, b) for _, a, b in found) for token, found in spans.items()}
+    unstored = {token: count(without(seqs, lost)) for token, seqs in ahead.items()}
     # The bus's own accounts of refusals are among these.
     doubt = sum(n for token, n in unstored.items() if rows[token].report is None)
     accounts = []
@@ -269,6 +315,7 @@ def _accounts(
             last_seen=row.last_seen if row else None,
             alive=row is not None and token not in dead,
             unstored=unstored.get(token, 0),
+            lost=count(ahead.get(token, [])) - unstored.get(token, 0),
             spooled=spool.after(last_n) if spool else 0,
             spooled_n=spool.last_n if spool else 0,
             dropped_at_end=spool.dropped if spool else 0,
@@ -308,9 +355,14 @@ def _bus_may_run(settings: Settings) -> bool:
     try:
         return psutil.pid_exists(int((settings.home / "bus.lock").read_text()))
     except FileNotFoundError:
-        return bool(file_locks(settings.home))  # a running bus holds this too, and makes it again
+        return _home_is_held(settings)  # a running bus holds this too, and makes it again
     except (OSError, ValueError):
         return False
+
+
+def _home_is_held(settings: Settings) -> bool:
+    """True if a process holds it for sure; outside Linux nobody knows."""
+    return bool(file_locks(settings.home))
 
 
 def _answer(client: Client, request: bytes) -> dict[str, Any] | None:

@@ -80,6 +80,10 @@ def _print(found: Ledger, *, every: bool) -> None:
                 for r in found.ranges
             ],
         )
+    if found.in_backups:
+        click.echo()
+    for backup in found.in_backups:
+        click.echo(f"backup {backup}")
     click.echo(
         f"\njournal {found.first_seq}-{found.last_seq}, database up to {found.stored_seq}"
         f" (counted from {found.counted_from_seq} on), {found.unstored} on their way there,"

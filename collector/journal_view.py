@@ -11,9 +11,12 @@ import apsw
 import msgspec
 
 from collector import ledger
-from collector.ledger import Range, Report
+from collector.ledger import Range, Report, Span
+from collector.seqs import Seqs, merged
+from collector.wal import wal_bytes
 from event_bus import database
 from event_bus.errors import JournalError
+from event_bus.journal_format import WAL_HOLDS_MORE
 
 
 class ProducerRow(msgspec.Struct):
@@ -35,6 +38,8 @@ class JournalView:
                 meta = dict(self._db.execute("SELECT key, value FROM meta"))
                 self.journal_id: str = meta["journal_id"]
                 self.origin_seq: int = meta.get("origin_seq", 1)
+                self.lacks_wal = meta.get(WAL_HOLDS_MORE) == 1 and wal_bytes(path) == 0
+                """What was committed last is gone, or will be when the bus starts."""
                 trimmed: int = meta["trimmed_seq"]
                 first, last = self._row("SELECT min(first_seq), max(first_seq) FROM batch")
                 self.losses = self._losses()
@@ -73,24 +78,36 @@ class JournalView:
                 "SELECT event_id, seq FROM opaque_id WHERE seq >= ?", (from_seq,)
             )
 
-    def unstored(self, from_seq: int) -> dict[str, int]:
-        """How many events of each process lie at `from_seq` and after, and are not lost."""
-        counts: dict[str, int] = {}
-        for token, first_n, last_n, first_seq in self.runs(from_seq):
-            last_seq = first_seq + last_n - first_n
-            first_seq = max(first_seq, from_seq)
-            lost = sum(
-                max(0, min(r.last_seq, last_seq) - max(r.first_seq, first_seq) + 1)
-                for r in self.losses
-                if r.last_seq is not None
-            )
-            counts[token] = counts.get(token, 0) + last_seq - first_seq + 1 - lost
-        return counts
+    def spans(self, from_seq: int) -> dict[str, list[Span]]:
+        """Of each process what lies at `from_seq` and after, be it lost or not, in order."""
+        spans: dict[str, list[Span]] = {}
+        for token, n, last_n, first_seq in self.runs(from_seq):
+            past = max(0, from_seq - first_seq)
+            span = (n + past, first_seq + past, first_seq + last_n - n)
+            spans.setdefault(token, []).append(span)
+        return {token: sorted(found, key=lambda span: span[1]) for token, found in spans.items()}
+
+    def lost(self) -> Seqs:
+        """The seqs that this journal knows to be lost, or left out."""
+        return merged((r.first_seq, r.last_seq) for r in self.losses if r.last_seq is not None)
 
     def last_seq_now(self) -> int:
         """The last seq, as it is by now and not when this view was made."""
         with JournalView(self.path) as now:
             return now.last_seq
+
+    def lose_wal(self, known_seq: int) -> None:
+        """Count what the -wal held as lost: as far as the journal is known to have gone, by
+        `known_seq` or by whoever read it, and what nobody knows of."""
+        name = self.path.name
+        reason = f"{name}-wal is gone: put it back, or start the bus, which records what is lost"
+        with self._errors():
+            (read_seq,) = self._row("SELECT coalesce(max(next_seq), 1) - 1 FROM consumer")
+        first, end = self.last_seq + 1, max(self.last_seq, known_seq, read_seq)
+        if first <= end:
+            self.losses.append(ledger.lost_by_journal(first, end, None, reason))
+        self.losses.append(ledger.lost_by_journal(end + 1, None, None, reason))
+        self.last_seq = end
 
     def close(self) -> None:
         self._db.close()

@@ -12,6 +12,12 @@ from event_bus import journal_format
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
+Skip = tuple[int, int, int]
+"""How many numbers of a process are nowhere, between which two seqs it was."""
+
+Span = tuple[int, int, int]
+"""A process's consecutive events in the journal: first number, first seq, last seq."""
+
 MAX_SHOWN_RANGES = 20
 LEFT_OUT = "left_out"
 
@@ -41,6 +47,8 @@ class Held(msgspec.Struct, kw_only=True, omit_defaults=True):
     `rejected` counts its numbers that the bus refused, `rejected_n` is the highest of them;
     `refused` are its own bridge's refusals. `missing` are events that the journal has or had at a
     place where the database has none, or another one. `dropped` is what its bridge told last.
+    `last_n` is its highest number, `last_seq` where its last event is; `skips` are those between
+    which events of unknown processes are lost.
     """
 
     source: str = ""
@@ -52,11 +60,15 @@ class Held(msgspec.Struct, kw_only=True, omit_defaults=True):
     missing: int = 0
     dropped: int = 0
     reason: str = ""
+    last_n: int = 0
+    last_seq: int = 0
+    skips: list[Skip] = []
 
 
 class Known(msgspec.Struct, kw_only=True):
     """All that is known of one process. `last_n` is the highest number that the bus took in,
-    `spooled` the events in its spool file that the bus has not, up to number `spooled_n`;
+    `spooled` the events in its spool file that the bus has not, up to number `spooled_n`; `lost`
+    are not to come from the journal, which knows that they were this one's;
     `dropped_at_end` is what it had lost in all, by an account that the bus has not taken in."""
 
     producer: str
@@ -66,6 +78,7 @@ class Known(msgspec.Struct, kw_only=True):
     last_seen: float | None = None
     alive: bool = False
     unstored: int = 0
+    lost: int = 0
     spooled: int = 0
     spooled_n: int = 0
     dropped_at_end: int = 0
@@ -79,7 +92,8 @@ class Account(msgspec.Struct, kw_only=True):
     acked = stored + unstored + rejected + conflicts + missing. `unaccounted` are nowhere, and
     nobody said that they were dropped; `undecided` are nowhere yet, but the database lacks events
     of the journal that may tell. `overtaken` of these, or of those in memory, were published before
-    others that the bus has. `refused` were refused by the bridge and are not published.
+    others that the bus has. `refused` were refused by the bridge and are not published; nor are
+    those `skipped`: numbers that are nowhere, of a process that never reported that they were used.
     """
 
     producer: str = ""
@@ -101,6 +115,7 @@ class Account(msgspec.Struct, kw_only=True):
     missing: int = 0
     unaccounted: int = 0
     overtaken: int = 0
+    skipped: int = 0
     undecided: int = 0
     reason: str = ""
 
@@ -176,7 +191,8 @@ def account(known: Known, *, doubt: int) -> Account:
     """
     held = known.held
     report = known.report or Report()
-    taken = held.stored + known.unstored + held.rejected + held.missing
+    missing = held.missing + known.lost
+    taken = held.stored + known.unstored + held.rejected + missing
     top = max(known.last_n, taken)
     highest = max(top + known.spooled, known.spooled_n, report.last_n)
     dropped = max(report.dropped, held.dropped, known.dropped_at_end)
@@ -184,9 +200,11 @@ def account(known: Known, *, doubt: int) -> Account:
     # What was dropped had a number, but for what found memory full.
     numbered = max(0, min(nowhere, dropped - (report.emitted - report.last_n)))
     nowhere -= numbered
-    if known.report is None:  # nobody says that these numbers were ever given to an event
-        highest, nowhere = highest - nowhere, 0
     overtaken = min(nowhere, max(0, top - taken - numbered))
+    skipped = 0
+    if known.report is None:  # nobody says that these numbers were ever given to an event
+        skipped, overtaken = overtaken, 0
+        highest, nowhere = highest - nowhere, 0
     in_memory = 0
     if known.alive:  # what it does not call acknowledged or dropped, it still has
         in_memory = max(0, nowhere - max(0, report.acked - taken))
@@ -209,29 +227,13 @@ def account(known: Known, *, doubt: int) -> Account:
         conflicts=held.conflicts,
         stored=held.stored,
         unstored=known.unstored,
-        missing=held.missing,
+        missing=missing,
         unaccounted=unaccounted,
         overtaken=overtaken,
+        skipped=skipped,
         undecided=undecided,
         reason=known.reason_at_end if known.dropped_at_end > held.dropped else held.reason,
     )
-
-
-def settle_missing(accounts: Iterable[Account], missing: int) -> None:
-    """Explain what was overtaken by `missing` events of which only the seq is known.
-
-    They were in the journal, so they were acknowledged, but nobody knows any more whose they were.
-    """
-    for a in accounts:
-        found = min(a.overtaken, missing)
-        missing -= found
-        a.overtaken -= found
-        a.missing += found
-        a.acked += found
-        for name in ("unaccounted", "undecided", "in_memory"):
-            part = min(found, getattr(a, name))
-            setattr(a, name, getattr(a, name) - part)
-            found -= part
 
 
 def total(accounts: Iterable[Account], source: str = "") -> Account:
@@ -253,8 +255,11 @@ def by_source(accounts: Iterable[Account]) -> list[Account]:
     return [total(of_source, name) for name, of_source in sorted(found.items())]
 
 
-def verdict(accounts: Sequence[Account], ranges: Sequence[Range]) -> tuple[int, str]:
-    """How many events are lost, and in words which ones and by whom."""
+def verdict(
+    accounts: Sequence[Account], ranges: Sequence[Range], *, contested: int
+) -> tuple[int, str]:
+    """How many events are lost at least, and in words which ones and by whom. Up to `contested` of
+    the unaccounted are among those of the ranges."""
     parts = []
     dropped = sum(a.dropped for a in accounts)
     if dropped:
@@ -276,8 +281,9 @@ def verdict(accounts: Sequence[Account], ranges: Sequence[Range]) -> tuple[int, 
     nowhere = sum(a.unaccounted for a in accounts)
     if nowhere:
         whose = [f"{a.unaccounted} of {_name(a)}" for a in by_source(accounts) if a.unaccounted]
-        lost += nowhere
-        parts.append(f"{nowhere} unaccounted for ({_some(whose)})")
+        lost += nowhere - contested
+        among = f", of which up to {contested} are among those" if contested else ""
+        parts.append(f"{nowhere} unaccounted for ({_some(whose)}){among}")
     endless = [str(r.first_seq) for r in ranges if r.last_seq is None]
     if endless:
         parts.append(f"an unknown number from seq {_some(endless)} on, lost with the journal")

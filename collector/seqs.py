@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
+from operator import itemgetter
 
 Seqs = list[tuple[int, int]]
 
@@ -34,6 +36,16 @@ def without(ranges: Seqs, others: Seqs) -> Seqs:
         if first <= last:
             left.append((first, last))
     return left
+
+
+def between(ranges: Seqs, first: int, last: int) -> Seqs:
+    """What of `ranges` lies from `first` to `last`."""
+    found: Seqs = []
+    at = bisect_left(ranges, first, key=itemgetter(1))
+    while at < len(ranges) and ranges[at][0] <= last:
+        found.append((max(ranges[at][0], first), min(ranges[at][1], last)))
+        at += 1
+    return found
 
 
 def count(ranges: Seqs) -> int:

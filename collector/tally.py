@@ -10,7 +10,7 @@ import msgspec
 
 from collector.ledger import Held, Range, lost_by_journal, tell_apart
 from collector.reader import Reader
-from collector.seqs import Seqs
+from collector.seqs import Seqs, between, merged, without
 from event_bus.envelope import NATIVE_ID
 
 CHUNK_EVENTS = 100_000
@@ -18,6 +18,9 @@ CHUNK_EVENTS = 100_000
 
 MAX_FAULTS = 1_000
 """Ranges that are remembered. With more of them nothing is vouched for, and all is read again."""
+
+CLOCK_SLACK_S = 3_600.0
+"""The clock may have been set by so much while a process ran."""
 
 Run = tuple[str, int, int, int]
 """A producer's token, first and last n, and the seq of the first."""
@@ -31,13 +34,20 @@ CREATE TEMP TABLE opaque (seq INTEGER PRIMARY KEY, event_id TEXT);
 
 class Tally(msgspec.Struct, kw_only=True):
     """What was counted up to `seq`: by process, by source where ids name no process, and the
-    ranges that are not as they should be."""
+    ranges that are not as they should be. `unowned` are lost, and the journal had forgotten whose
+    they were."""
 
     seq: int = 0
     producers: dict[str, Held] = {}
     foreign: dict[str, Held] = {}
     truncated: int = 0
     faults: list[Range] = []
+    unowned: Seqs = []
+
+    @property
+    def is_small(self) -> bool:
+        skips = sum(len(held.skips) for held in self.producers.values())
+        return len(self.faults) + len(self.unowned) + skips <= MAX_FAULTS
 
     def holds(self, producer: str) -> Held:
         return self.producers.setdefault(producer, Held())
@@ -79,8 +89,6 @@ class Count:
             self._load(runs, opaque)
             for low in range(first, last + 1, CHUNK_EVENTS):
                 self._count(low, min(low + CHUNK_EVENTS - 1, last))
-            for gap in gaps(self._db, first, last):
-                self._miss(max(gap.first_seq, first), min(gap.last_seq or last, last))
             self._refusals(first, last)
             self._losses(first, last)
             self._compare(first, last)
@@ -89,21 +97,67 @@ class Count:
         self._tally.seq = last
 
     def _count(self, low: int, high: int) -> None:
-        stored = 0
-        for producer, source, events in self._db.execute(
-            "SELECT producer, iif(producer IS NULL, source, NULL) AS source, count(*) FROM _event"
-            " WHERE seq BETWEEN ? AND ? GROUP BY 1, 2",
+        for gap in gaps(self._db, low, high):
+            self._miss(max(gap.first_seq, low), min(gap.last_seq or high, high))
+        found: list[Any] = self._db.execute(
+            "SELECT producer, iif(producer IS NULL, source, NULL) AS source, count(*), min(n),"
+            " max(n), max(seq) FROM _event WHERE seq BETWEEN ? AND ? GROUP BY 1, 2",
             (low, high),
-        ):
-            stored += events
+        ).fetchall()
+        if sum(row[2] for row in found) != high - low + 1:
+            self._find_holes(low, high)
+        self._tally.unowned = merged(self._tally.unowned)
+        for producer, source, events, first_n, last_n, last_seq in found:
             if producer is None:
                 self._foreign(source).stored += events
-            else:
-                held = self._tally.holds(self._names[producer])
-                held.stored += events
-                held.source = held.source or self._first_source(producer, low, high)
-        if stored != high - low + 1:
-            self._find_holes(low, high)
+                continue
+            token = self._names[producer]
+            held = self._tally.holds(token)
+            held.stored += events
+            held.source = held.source or self._first_source(producer, low, high)
+            is_run = first_n == held.last_n + 1 and last_n - first_n == events - 1
+            if not is_run and between(self._tally.unowned, held.last_seq, last_seq):
+                self._skips(producer, token, low, high)
+            held.last_n, held.last_seq = max(held.last_n, last_n), last_seq
+
+    def _skips(self, producer: int, token: str, low: int, high: int) -> None:
+        """Note which numbers of a process are nowhere between two of its events, where events are
+        lost between these too."""
+        held = self._tally.holds(token)
+        last_n, last_seq = held.last_n, held.last_seq
+        for n, seq in self._db.execute(
+            "SELECT n, seq FROM _event WHERE seq BETWEEN ? AND ? AND producer = ? ORDER BY seq",
+            (low, high, producer),
+        ):
+            last_seq = last_seq or self._seq_before(token, seq)
+            if n > last_n + 1 and between(self._tally.unowned, last_seq, seq):
+                numbers = n - last_n - 1 - self._rejected(token, last_n + 1, n - 1)
+                if numbers:
+                    held.skips.append((numbers, last_seq, seq))
+            last_n, last_seq = max(last_n, n), seq
+
+    def _seq_before(self, token: str, seq: int) -> int:
+        """A seq from before a process began, the first event of which is at `seq`: by the time in
+        its token (docs/protocol.md). 0 if that tells nothing."""
+        began_at = int(token[:12], 16) / 1_000 - CLOCK_SLACK_S
+        row: Any = self._db.execute(
+            "SELECT first_seq FROM _batch WHERE first_seq < ?1 AND received_at < ?2 AND ?2 <="
+            " (SELECT received_at FROM _batch WHERE first_seq <= ?1"
+            "  ORDER BY first_seq DESC LIMIT 1)"
+            " ORDER BY first_seq DESC LIMIT 1",
+            (seq, began_at),
+        ).fetchone()
+        return row[0] if row else 0
+
+    def _rejected(self, token: str, first_n: int, last_n: int) -> int:
+        """How many of these numbers the bus refused."""
+        if not self._has("_rows_rejected_events", "event_id", "raw_bytes"):
+            return 0
+        ids = self._db.execute(
+            "SELECT DISTINCT event_id FROM _rows_rejected_events WHERE event_id GLOB ?",
+            (f"{token}-*",),
+        )
+        return sum(first_n <= _split(event_id)[1] <= last_n for (event_id,) in ids)
 
     def _first_source(self, producer: int, low: int, high: int) -> str:
         row: Any = self._db.execute(
@@ -223,12 +277,17 @@ class Count:
 
     def _miss(self, low: int, high: int) -> None:
         """Count the events of a range without rows as missing, whose they are by the journal."""
-        for token, events in self._db.execute(
-            "SELECT token, sum(min(last_seq, ?2) - max(first_seq, ?1) + 1) FROM temp.run"
-            " WHERE last_seq >= ?1 AND first_seq <= ?2 GROUP BY token",
+        owned: Seqs = []
+        for token, first, last in self._db.execute(
+            "SELECT token, max(first_seq, ?1), min(last_seq, ?2) FROM temp.run"
+            " WHERE last_seq >= ?1 AND first_seq <= ?2 UNION ALL"
+            " SELECT NULL, seq, seq FROM temp.opaque WHERE seq BETWEEN ?1 AND ?2",
             (low, high),
         ):
-            self._tally.holds(token).missing += events
+            owned.append((first, last))
+            if token is not None:
+                self._tally.holds(token).missing += last - first + 1
+        self._tally.unowned += without([(low, high)], merged(owned))
 
 
 def gaps(db: apsw.Connection, first: int, last: int, left_out: Seqs | None = None) -> list[Range]:

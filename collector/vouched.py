@@ -15,10 +15,10 @@ import apsw
 import msgspec
 
 from collector.layout import LAST_SEQ
-from collector.tally import MAX_FAULTS, Tally
+from collector.tally import Tally
 
 FILE = "audit.json"
-VERSION = 1
+VERSION = 2
 
 Opening = tuple[int, str]
 """Number and token of one opening of the database for writing."""
@@ -68,7 +68,7 @@ def last_opening(db: apsw.Connection) -> Opening | None:
 
 def save(home: Path, opening: Opening | None, journal_id: str, tally: Tally) -> None:
     """Keep a tally for the next audit; without it, that one is slower and no worse."""
-    if opening is None or len(tally.faults) > MAX_FAULTS:
+    if opening is None or not tally.is_small:
         return
     mark = Mark(version=VERSION, journal_id=journal_id, opening=opening, tally=tally)
     with contextlib.suppress(OSError):  # a home that only others may write

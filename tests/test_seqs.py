@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collector.seqs import count, merged, text, without
+from collector.seqs import between, count, merged, text, without
 
 PAIRS = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 6)).map(lambda t: (t[0], sum(t))))
 
@@ -25,6 +25,13 @@ def test_ranges_are_what_sets_of_their_seqs_are(
     assert members(left) == members(a) - members(b)
     assert left == merged(left)
     assert count(left) == len(members(left))
+
+
+@given(PAIRS, st.integers(0, 45), st.integers(0, 10))
+def test_part_of_ranges_is_what_is_within(a: list[tuple[int, int]], first: int, more: int) -> None:
+    part = between(merged(a), first, first + more)
+    assert part == merged(part)
+    assert members(part) == members(a) & set(range(first, first + more + 1))
 
 
 def test_many_ranges_are_cut_short_for_people() -> None:
