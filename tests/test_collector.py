@@ -22,6 +22,7 @@ from event_bus import envelope
 from event_bus.envelope import Envelope
 from event_bus.journal import Journal
 from event_bus.protocol import Client
+from event_bus.traces import END
 
 PROMPT_S = 2.0
 """A stop takes no longer."""
