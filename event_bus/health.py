@@ -169,7 +169,7 @@ def find_problems(facts: Facts) -> list[Problem]:
         add(
             "keys_problem",
             f"the allow-list of keys cannot be read: {facts.keys_problem}",
-            "mend that line; until then the last good list stays in force",
+            "until then the last good list stays in force",
         )
     for text in facts.schema_problems:
         add(

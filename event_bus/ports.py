@@ -44,7 +44,8 @@ def check_exposure(settings: Settings, *, has_keys: bool) -> None:
             raise StartError(
                 f"{name} is {url}, which other machines can reach, and there is no key for the bus"
                 f" in {settings.keys}: whoever reaches it could read and publish everything",
-                hint="run `bitten keys new` and `bitten keys allow NAME …`, or listen on 127.0.0.1",
+                hint="run `bitten keys new`, and `bitten keys allow NAME …` for others; or listen"
+                " on 127.0.0.1",
             )
 
 

@@ -229,7 +229,16 @@ def test_problem_of_the_bus_comes_with_the_command_of_its_remedy(system: System)
     system.start_bus()
     (system.settings.keys / "allowed.yaml").write_text("client: [")
     wait_until(lambda: findings(system, "bus-problems"), "the bus says so")
-    assert only(system, "bus-problems").command.endswith(" keys list")
+    finding = only(system, "bus-problems")
+    assert "mend that line" in finding.what
+    assert finding.command.endswith(" keys list")
+    (system.settings.keys / "allowed.yaml").unlink()
+    wait_until(
+        lambda: "there is no allow-list" in only(system, "bus-problems").what, "the bus says so"
+    )
+    finding = only(system, "bus-problems")
+    assert "that line" not in finding.what + finding.remedy
+    assert "`bitten keys new`" in finding.what
 
 
 def test_subscribers_that_listen_elsewhere_are_told_where_events_are(bus: System) -> None:

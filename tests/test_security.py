@@ -473,6 +473,33 @@ def test_bus_with_a_key_needs_an_allow_list(system: System) -> None:
     done = system.bitten("bus")
     assert (done.returncode, done.stderr.count("\n")) == (4, 1)
     assert "allowed.yaml, line 2" in done.stderr
+    assert done.stderr.endswith("; mend that line\n")
+
+
+def test_what_the_bus_says_of_a_missing_allow_list_lets_the_homes_own_processes_in(
+    system: System,
+) -> None:
+    system.bitten("keys", "new")
+    (system.settings.keys / "allowed.yaml").unlink()
+    refused = system.bitten("bus").stderr
+    assert "that line" not in refused
+    (advised,) = re.findall(r"`bitten (keys new)`", refused)
+    assert system.bitten(*advised.split()).returncode == 0
+    system.start_bus()
+    assert system.bitten("emit", "user_action", "action=x").returncode == 0
+
+
+def test_list_that_is_begun_without_the_homes_own_key_says_so(system: System) -> None:
+    system.bitten("keys", "new")
+    system.bitten("keys", "new", "laptop")
+    (system.settings.keys / "allowed.yaml").unlink()
+    allowed = system.bitten("keys", "allow", "laptop", "--publish", "user_action")
+    assert "`bitten keys new` lets them in" in allowed.stderr
+    assert system.bitten("keys", "new").returncode == 0
+    assert system.bitten("keys", "allow", "laptop", "--subscribe", "*").stderr == ""
+    listed = system.bitten("keys", "list", "--json").stdout
+    assert '"name":"client"' in listed
+    assert '"name":"laptop"' in listed
 
 
 def test_allow_list_that_breaks_while_the_bus_runs_changes_nothing(
