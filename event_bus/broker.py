@@ -17,9 +17,9 @@ from typing import Any
 import msgspec
 import zmq
 
-from event_bus import keys, ports, protocol
+from event_bus import ports, protocol
 from event_bus.adopt import SpoolAdopter
-from event_bus.allow_list import FILE, UNLIMITED, AllowList, Rights, readable_part
+from event_bus.allow_list import UNLIMITED, Rights, readable_part
 from event_bus.consumers import MAX_CONSUMERS, Consumer, Consumers
 from event_bus.errors import JournalDamaged, JournalError, JournalFull
 from event_bus.event_schema import Registry
@@ -80,6 +80,7 @@ class Broker:
         self._clock = clock
         self._monotonic = monotonic
         settings.make_home()
+        allowed = ports.allow_list(settings)
         self._lock = FileLock(settings.home / "bus.lock", "an event bus", and_directory=True)
         self.registry = Registry(settings.schemas)
         self.registry.verify()
@@ -93,12 +94,8 @@ class Broker:
         self._consumers = Consumers(self.journal)
         self._context: zmq.Context[Any] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 65_000)
-        has_keys = keys.has_bus_key(settings.keys)
-        ports.check_exposure(settings, has_keys=has_keys)
-        self._zap: Zap | None = None
-        if has_keys:
-            self._zap = Zap(self._context, AllowList(settings.keys / FILE), monotonic)
-        directory = settings.keys if has_keys else None
+        self._zap = None if allowed is None else Zap(self._context, allowed, monotonic)
+        directory = None if allowed is None else settings.keys
         self._ingress, self._events = (
             ports.listen(self._context, kind, getattr(settings, name), name, directory)
             for kind, name in ((zmq.ROUTER, "ingress_url"), (zmq.XPUB, "events_url"))

@@ -150,6 +150,49 @@ def test_home_closed_to_this_user_is_told(open_directory: Path) -> None:
     assert "do:  use `bitten` as the user whose home it is" in done.stdout
 
 
+START_AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from conftest import System
+from doctors import only
+from event_bus.broker import Broker
+from event_bus.errors import BittenError
+
+system = System(Path(sys.argv[1]))
+only(system, "bus")  # imports what only root may read, perhaps
+os.setuid(65534)
+if not os.fork():  # or this process would hold the lock
+    try:
+        Broker(system.settings)
+    except BittenError as e:
+        print(f"{e.args[0]}\\n{e.hint}", flush=True)
+    os._exit(0)
+os.wait()
+found = only(system, "bus")
+print(f"{found.what.removeprefix('the bus cannot start: ')}\\n{found.remedy}\\n{found.command}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [(".", 0o500), ("journal.db", 0o400), ("journal.db-wal", 0o200)]
+)
+def test_start_that_its_rights_forbid_and_doctor_give_the_same_reason(
+    open_directory: Path, name: str, mode: int
+) -> None:
+    system = System(open_directory / "home")
+    system.start_bus().kill()
+    system.close()
+    for path in [system.home, *system.home.rglob("*")]:
+        os.chown(path, NOBODY, NOBODY)
+    (system.home / name).chmod(mode)
+    done = system.script(START_AS_NOBODY, str(system.home), cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
+    *refused, reason, remedy, command = done.stdout.splitlines()
+    assert refused == [reason, remedy]
+    assert str(system.home) in reason
+    assert command.startswith("ls -l")
+
+
 def test_files_moved_aside_are_a_warning(stopped: System) -> None:
     (stopped.home / "journal.db.corrupt-20260101T000000Z").touch(0o600)
     (stopped.home / "bitten_events.db.replaced-20260101T000000Z").touch(0o600)

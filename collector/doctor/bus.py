@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import time
 from collections.abc import Iterator, Mapping
@@ -13,12 +14,21 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from collector.doctor import missing
-from collector.doctor.context import Context, quoted
+from collector.doctor.context import Context, quoted, row
 from collector.doctor.finding import CannotTell, Finding, fault, moment, ok, span, warning
-from collector.doctor.missing import Remains
+from collector.doctor.missing import JOURNAL, Remains
 from collector.doctor.processes import Process, listeners, lock_owner
-from event_bus import keys
-from event_bus.errors import KeysError
+from event_bus import keys, ports
+from event_bus.allow_list import FILE
+from event_bus.errors import (
+    BittenError,
+    JournalDamaged,
+    JournalError,
+    KeysError,
+    SettingsError,
+    StartError,
+)
+from event_bus.journal_file import check_rights, check_version
 from event_bus.settings import Settings
 from event_bus.version import __version__
 
@@ -55,6 +65,7 @@ class Absence:
     is_client: bool
     url: str
     key_problem: str
+    refusal: BittenError | None
     reach: Reach
     owner: Process | None
     listener: Process | None
@@ -71,6 +82,7 @@ def answers(context: Context) -> Iterator[Finding]:
                 is_client=context.is_client,
                 url=settings.ingress_url,
                 key_problem=context.key_problem,
+                refusal=None if context.is_client else refusal(context),
                 reach=reach(settings),
                 owner=lock_owner(settings.home / "bus.lock"),
                 listener=listeners([settings.ingress_url]).get(settings.ingress_url),
@@ -98,6 +110,24 @@ def answers(context: Context) -> Iterator[Finding]:
             f"the bus answers: process {status['pid']}, up {span(status['uptime_s'])},"
             f" last seq {status['last_seq']}"
         )
+
+
+def refusal(context: Context) -> BittenError | None:
+    """What a start would end with, by the bus's own checks."""
+    settings = context.settings
+    try:
+        if settings.home.exists():
+            settings.check_home()
+        ports.allow_list(settings)
+        check_rights(settings.journal)
+        with contextlib.suppress(CannotTell), context.reading(settings.journal) as db:
+            if row(db, "SELECT count(*) FROM sqlite_master")[0]:
+                check_version(db, settings.journal)
+    except JournalDamaged:  # the start makes a new one of it
+        return None
+    except BittenError as e:
+        return e
+    return None
 
 
 def reach(settings: Settings) -> Reach:
@@ -131,6 +161,24 @@ def judge_absence(facts: Absence) -> Finding:
             command=f"kill -CONT {facts.owner.pid}",
         )
     keys_command = f"ls -l {quoted(facts.home / 'keys')}; {facts.bitten} keys list"
+    if facts.refusal is not None and facts.owner is None:
+        error = facts.refusal
+        command = keys_command
+        if isinstance(error, SettingsError):
+            command = f"ls -ld {quoted(facts.home)}"
+        elif isinstance(error, JournalError):
+            command = f"ls -l {quoted(facts.home / JOURNAL)}*"
+        elif isinstance(error, StartError) or not (facts.home / "keys" / FILE).exists():
+            command = f"{facts.bitten} keys new"
+        remedy = error.hint or "see its log"
+        if isinstance(error, StartError) and facts.key_problem:
+            remedy += "; if the bus is on another machine, put client.key_secret and bus.key here"
+        return fault(
+            f"the bus cannot start: {error.args[0]}",
+            why=f"`bitten up` and `bitten bus` end with that; {away}",
+            remedy=remedy,
+            command=command,
+        )
     if facts.key_problem:
         return fault(
             f"the bus cannot be asked: {facts.key_problem}",
@@ -188,7 +236,7 @@ def judge_absence(facts: Absence) -> Finding:
     )
 
 
-def ports(context: Context) -> Iterator[Finding]:
+def events_port(context: Context) -> Iterator[Finding]:
     """The events port: that of ingress is judged with the answer."""
     settings, status = context.settings, context.status
     if status is not None:

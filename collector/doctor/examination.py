@@ -37,7 +37,7 @@ STATUS_TIMEOUT_S = 1.0
 
 CHECKS: dict[str, Check] = {
     "bus": bus.answers,
-    "ports": bus.ports,
+    "ports": bus.events_port,
     "bus-problems": bus.problems,
     "collector": consumers.collector,
     "lag": consumers.lag,

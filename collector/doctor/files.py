@@ -10,7 +10,8 @@ import apsw
 from collector.doctor.context import Context, quoted, row
 from collector.doctor.finding import CannotTell, Finding, fault, ok, size
 from collector.layout import LAST_SEQ, check_version, is_blank
-from event_bus.errors import DatabaseError
+from event_bus.errors import DatabaseError, JournalDamaged, JournalError
+from event_bus.journal_file import check_version as check_journal_version
 from event_bus.journal_format import is_intact
 
 _BATCH = "SELECT first_seq, count, received_at, crc32, body FROM batch ORDER BY first_seq"
@@ -181,6 +182,8 @@ def journal(context: Context) -> Iterator[Finding]:
         return
     try:
         with context.reading(path) as db:
+            if row(db, "SELECT count(*) FROM sqlite_master")[0]:
+                check_journal_version(db, path)
             newest = row(db, f"{_BATCH} DESC LIMIT 1")
             oldest = row(db, f"{_BATCH} LIMIT 1")
     except CannotTell as e:
@@ -192,6 +195,22 @@ def journal(context: Context) -> Iterator[Finding]:
                 "start the bus: it moves the file aside, saves what can be read, and says what is"
                 " lost",
             ),
+        )
+        return
+    except JournalDamaged as e:
+        yield fault(
+            str(e.args[0]),
+            why="the disk did not give back what was written",
+            remedy=str(e.hint),
+            command=f"{context.bitten} up",
+        )
+        return
+    except JournalError as e:
+        yield fault(
+            str(e.args[0]),
+            why="the bus does not start with it",
+            remedy=str(e.hint),
+            command=f"mv {quoted(path)} {quoted(path)}.old",
         )
         return
     damaged = [b for b in (newest, oldest) if b is not None and not is_intact(*b)]
