@@ -229,9 +229,11 @@ class Broker:
                     f"a request id has up to {MAX_REQUEST_ID_BYTES} bytes, not {len(request_id)}",
                 )
             elif rights is None:
-                self._forbid(route, key, "this key is not allowed any more")
+                reason = "this key is not allowed any more"
+                self._forbid(route, key, reason, publishes=verb == protocol.PUBLISH)
             elif verb == protocol.PUBLISH and not rights.publish:
-                self._forbid(route, key, f"the key {rights.name} may publish nothing")
+                reason = f"the key {rights.name} may publish nothing"
+                self._forbid(route, key, reason, publishes=True)
             elif verb == protocol.PUBLISH and arguments:
                 self._take(route, arguments, rights)
             elif verb == protocol.FETCH and arguments:
@@ -377,9 +379,11 @@ class Broker:
         error = ErrorReply(code=code, message=message, first_seq=first_seq)
         self._reply(route, protocol.ERROR, _encode(error))
 
-    def _forbid(self, route: list[bytes], key: str, message: str) -> None:
+    def _forbid(
+        self, route: list[bytes], key: str, message: str, *, publishes: bool = False
+    ) -> None:
         if self._zap is not None:
-            self._zap.door.forbid(key, message)
+            self._zap.door.forbid(key, message, publishes=publishes)
         self._fail(route, "forbidden", message)
 
     def _refuse_group(self, error: JournalError) -> None:
@@ -396,11 +400,13 @@ class Broker:
 
     def status(self) -> dict[str, Any]:
         """The answer to a status request; docs/protocol.md lists the fields."""
+        door = self._zap.door if self._zap is not None else None
         return {
             **self._status.answer(),
             "home": str(self.settings.home),
             "events_url": self.events_url,
             "ingress_url": self.ingress_url,
             "subscriptions": self._live.subscriptions,
-            "forbidden": dict(self._zap.door.forbidden) if self._zap is not None else {},
+            "forbidden": dict(door.forbidden) if door is not None else {},
+            "publish_forbidden": dict(door.publish_forbidden) if door is not None else {},
         }

@@ -107,11 +107,11 @@ def test_emit_says_what_the_bus_refused_and_prints_no_id(system: System) -> None
     system.start_bus()
     done = system.bitten("emit", "user_action", "action=x")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "bitten: this key may not publish user_action\n"
+    assert done.stderr == "bitten: the key client may not publish user_action\n"
     done = system.bitten("emit", "user_action", input='{"action": "x"}\n')
     assert (done.returncode, done.stdout) == (1, "0 events, 1 refused\n")
     done = system.bitten("emit", "user_action", "action=x", "--json")
-    assert json.loads(done.stdout)["bus_reason"] == "this key may not publish user_action"
+    assert json.loads(done.stdout)["bus_reason"] == "the key client may not publish user_action"
 
 
 def test_emit_tells_a_bus_that_refuses_from_one_that_is_away(system: System) -> None:

@@ -194,7 +194,7 @@ def test_event_type_without_the_right_is_a_kept_rejection(
     bad = event("f-2", "fire_command", {"fire_id": "1"})
     ack = client.publish(event("f-1", "market_data") + bad + event("f-3"))
     assert (ack["accepted"], ack["rejected"]) == (2, 1)
-    assert ack["refusals"] == [{"line": 1, "reason": "this key may not publish fire_command"}]
+    assert ack["refusals"] == [{"line": 1, "reason": "the key feed may not publish fire_command"}]
     account = refusal(guarded.system)
     assert (account["rule"], account["event_type"]) == ("rights", "fire_command")
 
@@ -209,6 +209,7 @@ def test_key_that_may_publish_nothing_is_forbidden_and_stores_nothing(
         assert e.value.code == "forbidden"
     status = connect(guarded.system).status()
     assert (status["rejected"], status["forbidden"]) == (0, {"reader": 3})
+    assert status["publish_forbidden"] == {"reader": 3}
     with Subscriber(start=1, timeout_s=1, settings=guarded.system.settings) as events:
         assert {e.event_type for e in events} == {"system_health"}
     assert "requests without the right to them: reader 3" in guarded.system.bitten("status").stdout

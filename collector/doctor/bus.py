@@ -6,7 +6,7 @@ import contextlib
 import shlex
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,7 @@ from collector.doctor.context import Context, quoted, row
 from collector.doctor.finding import CannotTell, Finding, fault, moment, ok, span, warning
 from collector.doctor.missing import JOURNAL, Remains
 from collector.doctor.processes import Process, listeners, lock_owner
+from collector.doctor.security import let, own_rights
 from event_bus import keys, ports
 from event_bus.allow_list import FILE
 from event_bus.errors import (
@@ -74,6 +75,9 @@ class Absence:
 
 def answers(context: Context) -> Iterator[Finding]:
     settings, status = context.settings, context.status
+    if context.refused:
+        yield _untold(context)
+        return
     if status is None:
         yield judge_absence(
             Absence(
@@ -110,6 +114,20 @@ def answers(context: Context) -> Iterator[Finding]:
             f"the bus answers: process {status['pid']}, up {span(status['uptime_s'])},"
             f" last seq {status['last_seq']}"
         )
+
+
+def _untold(context: Context) -> Finding:
+    """Of a bus that answers, and does not let this home's key ask how it is."""
+    rights = own_rights(context)
+    if rights is None:  # it may be meant so, for a second machine
+        return ok(f"the bus answers; {context.refused}")
+    return fault(
+        f"this home's key, {rights.name}, may not ask the bus how it is: {context.refused}",
+        why="the collector, durable consumers and `bitten status` need that; much of what is wrong"
+        " cannot be seen without",
+        remedy="let it read all, or make a home and a key of its own for what may not",
+        command=let(context, replace(rights, subscribe=("*",))),
+    )
 
 
 def refusal(context: Context) -> BittenError | None:
