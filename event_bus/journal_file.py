@@ -35,6 +35,14 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DAMAGE_HINT = "the next start makes a new one of all that can be read of it"
 
 
+def has_wal(path: Path) -> bool:
+    """Whether there is a -wal that holds something; one that is empty is a lost one."""
+    try:
+        return Path(f"{path}-wal").stat().st_size > 0
+    except OSError:
+        return False
+
+
 def check_rights(path: Path) -> None:
     """Raise JournalError if a file of the journal is there and may not be read and written."""
     for suffix in SUFFIXES:
@@ -75,7 +83,7 @@ class JournalFile:
     def __init__(self, path: Path, *, create: bool = True, origin_seq: int = 1) -> None:
         self.path = path
         check_rights(path)
-        self._had_wal = _size(f"{path}-wal") > 0  # whoever reads without one makes an empty one
+        self._had_wal = has_wal(path)  # whoever reads without one makes an empty one
         try:
             if create:
                 path.touch(0o600)  # the WAL beside it takes over these rights
@@ -314,13 +322,6 @@ class JournalFile:
         return JournalFailed(
             f"cannot write {self.path}: {error}", hint="check the disk and its rights"
         )
-
-
-def _size(path: str) -> int:
-    try:
-        return Path(path).stat().st_size
-    except OSError:
-        return 0
 
 
 def _identity(path: str) -> tuple[int, int] | None:

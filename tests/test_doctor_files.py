@@ -330,6 +330,67 @@ def test_database_of_another_journal_is_a_fault(stopped: System) -> None:
     assert "was filled from journal" in finding.what
 
 
+def killed(running: System) -> System:
+    for process in running.processes:
+        process.kill()
+        process.wait()
+    return running
+
+
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_journal_whose_wal_is_gone_is_told_before_the_start(
+    running: System, *, is_empty: bool
+) -> None:
+    system = killed(running)
+    wal = Path(f"{system.settings.journal}-wal")
+    kept = system.home / "kept"
+    wal.rename(kept)
+    if is_empty:
+        wal.touch(0o600)
+    finding = only(system, "journal")
+    assert finding.level == "fault"
+    assert "-wal is gone" in finding.what
+    assert f"put {wal} back" in finding.remedy
+    assert findings(system, "database") == []
+    assert "bitten up" not in only(system, "bus").command
+    kept.replace(wal)
+    assert findings(system, "journal") == []
+    assert only(system, "bus").command.endswith(" up")
+
+
+def test_start_without_the_wal_does_what_was_said(running: System) -> None:
+    system = killed(running)
+    Path(f"{system.settings.journal}-wal").unlink()
+    last = int(system.sql("SELECT max(seq) FROM events")[0][0])
+    assert f"after seq {last}" in only(system, "journal").remedy
+    system.start_bus()
+    assert system.bitten("emit", "user_action", "action=x").returncode == 0
+    system.start_collector()
+    system.wait_stored()
+    (loss,) = (f for f in findings(system, "bus-problems") if f"events 1 to {last}:" in f.what)
+    assert "journal_damaged" in loss.what
+    assert system.sql("SELECT max(seq) FROM events WHERE seq <= ?", last) == [(last,)]
+
+
+def test_database_whose_wal_is_gone_is_told_and_filled_from_the_journal(running: System) -> None:
+    system = killed(running)
+    for suffix in ("-wal", "-shm"):
+        Path(f"{system.db}{suffix}").unlink()
+    assert system.db.stat().st_size == 4_096
+    finding = only(system, "database")
+    assert finding.level == "fault"
+    assert "its -wal is gone" in finding.why
+    assert finding.command.endswith(" collect")
+    for command in ("stats", "backup"):
+        refused = system.bitten(command)
+        assert (refused.returncode, "its -wal is gone" in refused.stderr) == (4, True)
+    system.start_bus()
+    system.start_collector()
+    system.wait_stored()
+    assert findings(system, "database") == []
+    assert system.sql("SELECT min(seq) FROM events") == [(1,)]
+
+
 def test_database_ahead_of_the_journal_is_a_fault(stopped: System) -> None:
     copy = stopped.home / "copy"
     shutil.copy(stopped.settings.journal, copy)

@@ -13,7 +13,7 @@ from typing import Literal
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from collector.doctor import missing
+from collector.doctor import files, missing
 from collector.doctor.context import Context, quoted, row
 from collector.doctor.finding import CannotTell, Finding, fault, moment, ok, span, warning
 from collector.doctor.missing import JOURNAL, Remains
@@ -67,6 +67,7 @@ class Absence:
     url: str
     key_problem: str
     refusal: BittenError | None
+    lacks_wal: bool
     reach: Reach
     owner: Process | None
     listener: Process | None
@@ -86,6 +87,7 @@ def answers(context: Context) -> Iterator[Finding]:
                 is_client=context.is_client,
                 url=settings.ingress_url,
                 key_problem=context.key_problem,
+                lacks_wal=files.lacks_wal(context),
                 refusal=None if context.is_client else refusal(context),
                 reach=reach(settings),
                 owner=lock_owner(settings.home / "bus.lock"),
@@ -246,6 +248,13 @@ def judge_absence(facts: Absence) -> Finding:
         )
     if facts.remains is not None:
         return missing.judge(facts.remains)
+    if facts.lacks_wal:
+        return fault(
+            "the bus is not running, and its journal lacks its -wal",
+            why=f"a start finds that what was committed last is gone; {away}",
+            remedy="see the check `journal` first; then start bus and collector",
+            command=f"ls -l {quoted(facts.home / JOURNAL)}*",
+        )
     return fault(
         "the bus is not running",
         why=f"nobody listens at {facts.url} and nobody holds {facts.home / 'bus.lock'}; {away}",
