@@ -123,14 +123,6 @@ def find_problems(facts: Facts) -> list[Problem]:
             f"this start recovered the journal: {facts.recovered}",
             "check the disk; what was lost, if anything, has lines of its own",
         )
-    if facts.put_back_at is not None and facts.now - facts.put_back_at < PUT_BACK_SHOWN_S:
-        add(
-            "journal_put_back",
-            f"{facts.storage} was removed or replaced while the bus had it open: all that it held"
-            " is there again",
-            "find out what did it; nothing is lost, and this line goes by itself",
-            facts.put_back_at,
-        )
     for name, consumer in facts.consumers.items():
         if consumer.problem:
             add(
@@ -176,5 +168,13 @@ def find_problems(facts: Facts) -> list[Problem]:
             "schema_problem",
             f"schema file left out: {text}",
             "mend the file, and see `bitten schemas check`",
+        )
+    if facts.put_back_at is not None and facts.now - facts.put_back_at < PUT_BACK_SHOWN_S:
+        add(
+            "journal_put_back",
+            f"{facts.storage} was removed or replaced while the bus had it open: all that it held"
+            " is there again",
+            "find out what did it; nothing is lost, and this line goes by itself",
+            facts.put_back_at,
         )
     return found

@@ -302,6 +302,27 @@ def test_journal_that_was_removed_is_put_back_by_the_bus(running: System) -> Non
     assert finding.command.startswith("sleep 10; bitten ")
 
 
+def test_database_that_was_removed_is_put_back_by_the_collector(running: System) -> None:
+    collector = running.processes[1]
+    collector.send_signal(signal.SIGSTOP)  # or it does so while we look
+    running.db.unlink()
+    finding = only(running, "database")
+    assert finding.why.startswith("the collector puts it back by itself, within seconds")
+    assert finding.command.startswith("sleep 10; bitten ")
+    collector.send_signal(signal.SIGCONT)
+    wait_until(lambda: findings(running, "bus-problems"), "it is told")
+    told = only(running, "bus-problems")
+    assert "nothing is lost: what it held is there again" in told.what
+    assert told.level == "warning"
+    assert findings(running, "database") == []
+
+
+def test_journal_that_was_put_back_is_as_grave_as_a_database(running: System) -> None:
+    running.settings.journal.unlink()
+    wait_until(lambda: findings(running, "bus-problems"), "it is told")
+    assert only(running, "bus-problems").level == "warning"
+
+
 def test_database_of_another_program_is_a_fault(stopped: System) -> None:
     stopped.db.unlink()
     sqlite3.connect(stopped.db).execute("CREATE TABLE t (x)")

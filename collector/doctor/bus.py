@@ -19,6 +19,7 @@ from collector.doctor.finding import CannotTell, Finding, fault, moment, ok, spa
 from collector.doctor.missing import JOURNAL, Remains
 from collector.doctor.processes import Process, listeners, lock_owner
 from collector.doctor.security import let, own_rights
+from collector.keeper import NOTHING_LOST
 from event_bus import keys, ports
 from event_bus.allow_list import FILE
 from event_bus.errors import (
@@ -34,7 +35,7 @@ from event_bus.settings import Settings
 from event_bus.version import __version__
 
 PUT_RIGHT = {"journal_put_back"}
-"""Codes of what is over and has cost no event."""
+"""Codes of what is over and has cost no event; so is a problem of a consumer that says so."""
 
 TOLD_ELSEWHERE = {"consumer_stalled", "journal_held", "schema_problem"}
 """Codes of what the checks `lag` and `schemas` see for themselves."""
@@ -302,7 +303,8 @@ def problems(context: Context) -> Iterator[Finding]:
     """What the bus itself says is wrong."""
     found = [p for p in context.bus()["problems"] if p["code"] not in TOLD_ELSEWHERE]
     for problem in found:
-        yield (warning if problem["code"] in PUT_RIGHT else fault)(
+        put_right = problem["code"] in PUT_RIGHT or NOTHING_LOST in problem["message"]
+        yield (warning if put_right else fault)(
             f"the bus says {problem['code']}: {problem['message']}",
             why=f"since {moment(problem['since'])}",
             remedy=problem["remedy"],

@@ -112,7 +112,14 @@ def _unreadable(problem: CannotTell, path: Path, mend: str) -> dict[str, str]:
 
 def _missing(context: Context) -> Iterator[Finding]:
     path = context.settings.db
-    if Path(f"{path}-wal").exists():
+    if lock_owner(Path(f"{path}.lock")) is not None:
+        yield fault(
+            f"{path} is not there, and the collector runs",
+            why="the collector puts it back by itself, within seconds, or is about to make it",
+            remedy="do not stop the collector; look again in some seconds",
+            command=f"sleep 10; {context.bitten} doctor",
+        )
+    elif Path(f"{path}-wal").exists():
         wal = Path(f"{path}-wal")
         has_journal = context.settings.journal.exists()
         yield fault(
