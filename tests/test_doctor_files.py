@@ -71,6 +71,26 @@ def test_home_that_others_may_read_is_a_warning(stopped: System) -> None:
     assert findings(stopped, "rights") == []
 
 
+def test_open_file_in_a_closed_home_is_no_trouble(stopped: System) -> None:
+    config = stopped.home / "config.yaml"
+    config.write_text("source: bot\n")
+    config.chmod(0o644)
+    assert findings(stopped, "rights") == []
+    stopped.home.chmod(0o711)
+    assert only(stopped, "rights").what.endswith("home, config.yaml")
+
+
+def test_open_database_outside_a_closed_home_is_a_warning(stopped: System) -> None:
+    elsewhere = stopped.home.with_name("elsewhere.db")
+    stopped.db.rename(elsewhere)
+    elsewhere.chmod(0o644)
+    stopped.environ["BITTEN_DB"] = str(elsewhere)
+    finding = only(stopped, "rights")
+    assert "elsewhere.db" in finding.what
+    subprocess.run(finding.command, shell=True, check=True)
+    assert findings(stopped, "rights") == []
+
+
 def test_file_of_another_user_is_a_fault(stopped: System) -> None:
     as_root()
     os.chown(stopped.settings.journal, NOBODY, NOBODY)
