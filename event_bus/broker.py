@@ -329,8 +329,14 @@ class Broker:
     def _forget(self, route: list[bytes], name: bytes) -> None:
         """A durable consumer will not come back: the journal is not kept for it any more."""
         consumer = name.decode("utf-8", "replace")
-        known = self._consumers.forget(consumer)
-        self._reply(route, protocol.FORGOTTEN, _encode({"consumer": consumer, "known": known}))
+        known = self._consumers.get(consumer)
+        reply = {
+            "consumer": consumer,
+            "known": known is not None,
+            "lag": self._consumers.lag(known) if known else 0,
+        }
+        self._consumers.forget(consumer)
+        self._reply(route, protocol.FORGOTTEN, _encode(reply))
 
     def _serve_waiting(self) -> None:
         if not self._waiting:

@@ -240,17 +240,19 @@ def _short(value: Any) -> str:
 def forget(settings: Settings, consumer: str) -> None:
     """Let go of a durable consumer that will not come back: the journal is not kept for it.
 
-    `bitten status` lists them. What CONSUMER has not fetched by then it may never get.
+    `bitten status` lists them. What CONSUMER has not stored by then, it may
+    never get; how many events that are is said.
 
     \b
     bitten forget my_dashboard
     """
     client = Client(settings)
-    known = client.forget(consumer)
+    lag = client.forget(consumer)
     client.close()
-    if not known:
+    if lag is None:
         raise click.ClickException(f"the bus knows no consumer {printable(consumer)!r}")
-    click.echo(f"{printable(consumer)} is forgotten")
+    missed = f"; it had not stored {lag} event{'s' * (lag != 1)}" if lag else ""
+    click.echo(f"{printable(consumer)} is forgotten{missed}")
 
 
 def _compare_homes(settings: Settings, answer: dict[str, Any]) -> None:
