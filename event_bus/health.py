@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from event_bus.words import events
+
 STALLED_AFTER_S = 30.0
 """A durable consumer that has events to store and has not asked for so long is reported."""
 
@@ -134,7 +136,7 @@ def find_problems(facts: Facts) -> list[Problem]:
         if consumer.lag and consumer.silent_s >= STALLED_AFTER_S:
             add(
                 "consumer_stalled",
-                f"consumer {name} has stopped asking: {consumer.lag} events wait for it",
+                f"consumer {name} has stopped asking: {events(consumer.lag, 'wait')} for it",
                 "start it again (the collector: `bitten up` or `pm2 restart data_collector`)",
                 facts.now - consumer.silent_s,
             )

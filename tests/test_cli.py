@@ -121,7 +121,7 @@ def test_emit_tells_a_bus_that_refuses_from_one_that_is_away(system: System) -> 
     with Full(system.settings.ingress_url):
         done = system.bitten("emit", "user_action", "action=x")
     assert done.returncode == 3
-    assert "does not take events: no space left for the journal; 1 events wait in" in done.stderr
+    assert "does not take events: no space left for the journal; 1 event waits in" in done.stderr
     assert "does not answer" not in done.stderr
 
 
@@ -159,7 +159,7 @@ def test_emit_reports_as_json(bus: System) -> None:
 def test_emitted_while_the_bus_is_away_is_stored_once_it_runs(system: System) -> None:
     done = system.bitten("emit", "market_data", TICK)
     assert done.returncode == 3
-    assert "1 events wait in" in done.stderr
+    assert "1 event waits in" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     system.start_bus()
     system.start_collector()
@@ -177,7 +177,7 @@ def test_emit_into_a_home_that_cannot_be_written_says_that_the_event_is_lost(
     system.settings.spool.write_text("a file where the directory should be")
     done = system.bitten("emit", "market_data", TICK)
     assert done.returncode == 4
-    assert "1 events are lost" in done.stderr
+    assert "1 event is lost" in done.stderr
     assert str(system.settings.spool) in done.stderr
 
 

@@ -146,14 +146,14 @@ def test_milliseconds_are_a_fault_even_among_many_right_ones(system: System) -> 
     store(system, [(now - 2 * HOUR_S, wrong), *many])
     finding = only(system, "timestamps")
     assert finding.level == "fault"
-    assert finding.what.startswith("js bot sends timestamps in milliseconds: 1 events")
+    assert finding.what.startswith("js bot sends timestamps in milliseconds: 1 event of late")
     assert finding.command.endswith("--source 'js bot'")
 
 
 def test_timestamps_of_1970_are_a_warning(system: System) -> None:
     now = time.time()
     store(system, [(now - 10, event("bot", timestamp=0.0)), (now - 9, event("bot"))])
-    assert "before the year 2000: 1 events" in only(system, "timestamps").what
+    assert "before the year 2000: 1 event of late" in only(system, "timestamps").what
 
 
 def test_source_whose_clock_is_ahead_is_a_warning(system: System) -> None:

@@ -96,7 +96,7 @@ def test_file_of_another_user_is_a_fault(stopped: System) -> None:
     os.chown(stopped.settings.journal, NOBODY, NOBODY)
     finding = only(stopped, "rights")
     assert finding.level == "fault"
-    assert "1 files in" in finding.what
+    assert "1 file in" in finding.what
     assert "journal.db" in finding.what
     assert finding.command.startswith("sudo chown -R ")
 
@@ -481,7 +481,7 @@ def test_spool_of_a_dead_process_waits_for_the_bus(system: System) -> None:
     assert system.script(code).returncode == 0
     finding = only(system, "spool", later_s=3 * 86_400)
     assert finding.level == "warning"
-    assert finding.what == "1 events of bot wait on disk for 3 days; their process is gone"
+    assert finding.what == "1 event of bot waits on disk for 3 days; their process is gone"
 
 
 def test_spool_of_a_process_that_asks_another_address_is_a_warning(bus: System) -> None:

@@ -85,7 +85,8 @@ def judge_rights(entries: Sequence[Entry], *, home_uid: int, my_uid: int) -> Ite
     foreign = [e.path for e in entries if e.uid != home_uid]
     if foreign:
         yield fault(
-            f"{len(foreign)} files in {home} are not {owner}'s: {_some(foreign)}",
+            f"{len(foreign)} {'file' if len(foreign) == 1 else 'files'} in {home} not {owner}'s:"
+            f" {_some(foreign)}",
             why=f"made by a command of {_user(_uid_of(entries, foreign[0]))}; what runs as {owner}"
             " may not be able to write them",
             remedy="give them to the owner of the home, and run `bitten` as that user",

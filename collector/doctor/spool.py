@@ -13,6 +13,7 @@ from collector.doctor.context import Context, quoted
 from collector.doctor.finding import Finding, fault, ok, size, span, warning
 from collector.doctor.processes import Process, lock_owner
 from collector.doctor.security import let, own_rights
+from event_bus.words import events
 
 STALE_S = 60.0
 FULL = 0.8
@@ -86,7 +87,8 @@ def judge_spool(file: SpoolFile, up_s: float | None, context: Context) -> Findin
     if context.is_client:
         start = "see whether the bus can be reached; it is on another machine"
         command = f"{context.bitten} status"
-    waits = f"{file.events} events of {file.source} wait on disk for {span(file.waiting_s)}"
+    verb = "waits" if file.events == 1 else "wait"
+    waits = f"{events(file.events)} of {file.source} {verb} on disk for {span(file.waiting_s)}"
     if file.owner is not None and file.bytes > FULL * limit:
         return fault(
             f"{waits}: {size(file.bytes)} of {size(limit)}",
