@@ -35,6 +35,8 @@ ALARM_S = 30.0
 LOOK_S = 1.0
 WAL_S = 5.0
 
+NOTHING_LOST = "nothing is lost: what it held is there again"
+
 _Result = TypeVar("_Result")
 
 
@@ -260,10 +262,7 @@ class Keeper:
             # What is left of it beside the file would not fit the copy.
             self._move_aside(REPLACED)
             spare.replace(self._path)
-            self._tell(
-                f"{error}; nothing is lost: what it held is there again; find out what removes"
-                " files there"
-            )
+            self._tell(f"{error}; {NOTHING_LOST}; find out what removes files there")
         else:
             kept = name_aside(self._path, REPLACED, time.time())
             spare.replace(kept)

@@ -13,7 +13,12 @@ import apsw
 import msgspec
 
 from collector.relations import Relation
-from event_bus.errors import DatabaseCorrupt, DatabaseError, DatabaseUnavailable
+from event_bus.errors import (
+    DatabaseCorrupt,
+    DatabaseError,
+    DatabaseMissing,
+    DatabaseUnavailable,
+)
 
 APPLICATION_ID = 0x42495445  # "BITE"
 VERSION = 1
@@ -104,10 +109,16 @@ def is_blank(db: apsw.Connection) -> bool:
 
 
 def check_version(db: apsw.Connection, path: Path) -> None:
-    """Raise DatabaseError unless this is an events database of the version known here."""
+    """Raise DatabaseError unless this is an events database of the version known here;
+    DatabaseMissing, one of them, if it holds nothing at all."""
     (application,) = db.execute("PRAGMA application_id").fetchone() or (0,)
     (version,) = db.execute("PRAGMA user_version").fetchone() or (0,)
     if application != APPLICATION_ID:
+        if is_blank(db):
+            raise DatabaseMissing(
+                f"{path} holds nothing: it is new, was cut, or its -wal is gone",
+                hint="start the collector: it fills it from the journal",
+            )
         raise DatabaseError(
             f"{path} is an SQLite database of another program",
             hint=f"{aside(path)} or set BITTEN_DB to another file",

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import apsw
 import msgspec
 
-from collector.layout import LAST_SEQ, check_version, is_blank
+from collector.layout import LAST_SEQ, check_version
 from collector.relations import Relation
 from event_bus import database
 from event_bus.errors import DatabaseError, DatabaseMissing
@@ -47,13 +47,10 @@ class Reader:
             raise self._nothing()
         try:
             self.db = database.connect(path, database.READ_ONLY)
-            blank = is_blank(self.db)
+            check_version(self.db, path)
             made = self.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'events'").fetchone()
         except apsw.Error as e:
             raise DatabaseError(f"cannot read {path}: {e}", hint=database.reading_hint(e)) from e
-        if blank:
-            raise self._nothing()
-        check_version(self.db, path)
         if made is None:  # the collector is about to
             raise self._nothing()
 

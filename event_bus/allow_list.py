@@ -96,11 +96,17 @@ def read(path: Path) -> dict[str, Rights]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as e:
         raise KeysError(
-            f"there is no allow-list {path}", hint="`bitten keys allow NAME …` begins one"
+            f"there is no allow-list {path}",
+            hint="`bitten keys new` begins one with the key of this home's own processes, `bitten"
+            " keys allow NAME …` adds each other",
         ) from e
     except (OSError, UnicodeDecodeError) as e:
-        raise KeysError(f"cannot read {path}: {e}") from e
-    return parse(text, str(path))
+        raise KeysError(f"cannot read {path}: {e}", hint="check its owner and rights") from e
+    try:
+        return parse(text, str(path))
+    except KeysError as e:
+        e.hint = "mend that line"
+        raise
 
 
 def parse(text: str, where: str) -> dict[str, Rights]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from event_bus import envelope
+from event_bus import envelope, words
 from event_bus.accounts import Loss, refusal
 from event_bus.correlation import current as current_correlation
 from event_bus.envelope import MAX_EVENT_BYTES, Envelope
@@ -230,7 +230,7 @@ class Bridge:
         with self.lock:
             self._count_loss(events, reason)
         self.settle(lost=events)
-        self.warn("lost", f"{events} events are lost: {reason}")
+        self.warn("lost", f"{words.events(events, 'are')} lost: {reason}")
 
     def _loss_line(self) -> bytes | None:
         """A bridge_loss event for what was dropped since the last one, if anything was."""
@@ -379,7 +379,7 @@ class Bridge:
             lines = outbox.take(len(outbox.lines), outbox.size_bytes)
             self._count_loss(len(lines), problem)
             self.lost += len(lines)
-            problem = f"{len(lines)} events are lost as this process ends: {problem}"
+            problem = f"{words.events(len(lines), 'are')} lost as this process ends: {problem}"
         line = self._loss_line()
         if line is not None and not outbox.last_loss.add(line):
             report = _with_id(line, self._next_id())

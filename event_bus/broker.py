@@ -16,9 +16,9 @@ from typing import Any
 import msgspec
 import zmq
 
-from event_bus import keys, ports, protocol
+from event_bus import ports, protocol
 from event_bus.adopt import SpoolAdopter
-from event_bus.allow_list import FILE, UNLIMITED, AllowList, Rights
+from event_bus.allow_list import UNLIMITED, Rights
 from event_bus.consumers import Consumers
 from event_bus.errors import JournalDamaged, JournalError, JournalFull
 from event_bus.event_schema import Registry
@@ -63,6 +63,7 @@ class Broker:
         self._clock = clock
         self._monotonic = monotonic
         settings.make_home()
+        allowed = ports.allow_list(settings)
         self._lock = FileLock(settings.home / "bus.lock", "an event bus", and_directory=True)
         self.registry = Registry(settings.schemas)
         self.registry.verify()
@@ -76,12 +77,8 @@ class Broker:
         self._consumers = Consumers(self.journal)
         self._context: zmq.Context[Any] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 65_000)
-        has_keys = keys.has_bus_key(settings.keys)
-        ports.check_exposure(settings, has_keys=has_keys)
-        self._zap: Zap | None = None
-        if has_keys:
-            self._zap = Zap(self._context, AllowList(settings.keys / FILE), monotonic)
-        directory = settings.keys if has_keys else None
+        self._zap = None if allowed is None else Zap(self._context, allowed, monotonic)
+        directory = None if allowed is None else settings.keys
         self._ingress, self._events = (
             ports.listen(self._context, kind, getattr(settings, name), name, directory)
             for kind, name in ((zmq.ROUTER, "ingress_url"), (zmq.XPUB, "events_url"))
@@ -222,9 +219,11 @@ class Broker:
                     f"a request id has up to {MAX_REQUEST_ID_BYTES} bytes, not {len(request_id)}",
                 )
             elif rights is None:
-                self._replies.forbid(route, key, "this key is not allowed any more")
+                reason = "this key is not allowed any more"
+                self._replies.forbid(route, key, reason, publishes=verb == protocol.PUBLISH)
             elif verb == protocol.PUBLISH and not rights.publish:
-                self._replies.forbid(route, key, f"the key {rights.name} may publish nothing")
+                reason = f"the key {rights.name} may publish nothing"
+                self._replies.forbid(route, key, reason, publishes=True)
             elif verb == protocol.PUBLISH and arguments:
                 self._take(route, arguments, rights)
             elif verb == protocol.FETCH and arguments:
@@ -259,10 +258,14 @@ class Broker:
     def _forget(self, route: list[bytes], name: bytes) -> None:
         """A durable consumer will not come back: the journal is not kept for it any more."""
         consumer = name.decode("utf-8", "replace")
-        known = self._consumers.forget(consumer)
-        self._replies.send(
-            route, protocol.FORGOTTEN, _encode({"consumer": consumer, "known": known})
-        )
+        known = self._consumers.get(consumer)
+        reply = {
+            "consumer": consumer,
+            "known": known is not None,
+            "lag": self._consumers.lag(known) if known else 0,
+        }
+        self._consumers.forget(consumer)
+        self._replies.send(route, protocol.FORGOTTEN, _encode(reply))
 
     def _refuse_group(self, error: JournalError) -> None:
         """Nothing of the group is on disk: tell its senders, and go on only if the disk is full."""
@@ -278,11 +281,13 @@ class Broker:
 
     def status(self) -> dict[str, Any]:
         """The answer to a status request; docs/protocol.md lists the fields."""
+        door = self._zap.door if self._zap is not None else None
         return {
             **self._status.answer(),
             "home": str(self.settings.home),
             "events_url": self.events_url,
             "ingress_url": self.ingress_url,
             "subscriptions": self._live.subscriptions,
-            "forbidden": dict(self._zap.door.forbidden) if self._zap is not None else {},
+            "forbidden": dict(door.forbidden) if door is not None else {},
+            "publish_forbidden": dict(door.publish_forbidden) if door is not None else {},
         }

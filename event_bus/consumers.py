@@ -39,11 +39,10 @@ class Consumers(dict[str, Consumer]):
             self._journal.save_consumers(positions)
             self._saved = positions
 
-    def forget(self, name: str) -> bool:
-        """Take a consumer off the list, on disk too; False if it was not there."""
-        known = self.pop(name, None) is not None
+    def forget(self, name: str) -> None:
+        """Take a consumer off the list, on disk too."""
+        self.pop(name, None)
         self.save()
-        return known
 
     def pass_time(self, seconds: float) -> None:
         """So much time of the bus's own has passed. Not read from a clock: one that jumps, or

@@ -20,6 +20,7 @@ from event_bus import keys, protocol
 from event_bus.bridge import BATCH_BYTES, BATCH_EVENTS
 from event_bus.errors import KeysError
 from event_bus.orphans import PREFIX, Orphans
+from event_bus.words import events
 
 if TYPE_CHECKING:
     from event_bus.bridge import Bridge
@@ -200,7 +201,7 @@ class Delivery:
         refused = receipt["rejected"] + receipt["conflicts"]
         if refused:
             reason = receipt["refusals"][0]["reason"]
-            bridge.warn("refused by the bus", f"{refused} events refused by the bus: {reason}")
+            bridge.warn("refused by the bus", f"{events(refused)} refused by the bus: {reason}")
         flight = self._flights.popleft()
         if flight.lines is None:
             self._outbox.spool.delivered(flight.size, flight.events)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from event_bus.words import events
+
 STALLED_AFTER_S = 30.0
 """A durable consumer that has events to store and has not asked for so long is reported."""
 
@@ -123,14 +125,6 @@ def find_problems(facts: Facts) -> list[Problem]:
             f"this start recovered the journal: {facts.recovered}",
             "check the disk; what was lost, if anything, has lines of its own",
         )
-    if facts.put_back_at is not None and facts.now - facts.put_back_at < PUT_BACK_SHOWN_S:
-        add(
-            "journal_put_back",
-            f"{facts.storage} was removed or replaced while the bus had it open: all that it held"
-            " is there again",
-            "find out what did it; nothing is lost, and this line goes by itself",
-            facts.put_back_at,
-        )
     for name, consumer in facts.consumers.items():
         if consumer.problem:
             add(
@@ -142,7 +136,7 @@ def find_problems(facts: Facts) -> list[Problem]:
         if consumer.lag and consumer.silent_s >= STALLED_AFTER_S:
             add(
                 "consumer_stalled",
-                f"consumer {name} has stopped asking: {consumer.lag} events wait for it",
+                f"consumer {name} has stopped asking: {events(consumer.lag, 'wait')} for it",
                 "start it again (the collector: `bitten up` or `pm2 restart data_collector`)",
                 facts.now - consumer.silent_s,
             )
@@ -169,12 +163,20 @@ def find_problems(facts: Facts) -> list[Problem]:
         add(
             "keys_problem",
             f"the allow-list of keys cannot be read: {facts.keys_problem}",
-            "mend that line; until then the last good list stays in force",
+            "until then the last good list stays in force",
         )
     for text in facts.schema_problems:
         add(
             "schema_problem",
             f"schema file left out: {text}",
             "mend the file, and see `bitten schemas check`",
+        )
+    if facts.put_back_at is not None and facts.now - facts.put_back_at < PUT_BACK_SHOWN_S:
+        add(
+            "journal_put_back",
+            f"{facts.storage} was removed or replaced while the bus had it open: all that it held"
+            " is there again",
+            "find out what did it; nothing is lost, and this line goes by itself",
+            facts.put_back_at,
         )
     return found

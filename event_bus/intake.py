@@ -268,7 +268,7 @@ class Intake:
             event = envelope.read(line)
             if rights is not None and not rights.may_publish(event.event_type):
                 raise RejectedEvent(
-                    f"this key may not publish {event.event_type}",
+                    f"the key {rights.name} may not publish {event.event_type}",
                     rule="rights",
                     path="event_type",
                     value=event.event_type,

@@ -35,6 +35,44 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DAMAGE_HINT = "the next start makes a new one of all that can be read of it"
 
 
+def has_wal(path: Path) -> bool:
+    """Whether there is a -wal that holds something; one that is empty is a lost one."""
+    try:
+        return Path(f"{path}-wal").stat().st_size > 0
+    except OSError:
+        return False
+
+
+def check_rights(path: Path) -> None:
+    """Raise JournalError if a file of the journal is there and may not be read and written."""
+    for suffix in SUFFIXES:
+        file = Path(f"{path}{suffix}")
+        if file.exists() and not os.access(file, os.R_OK | os.W_OK):
+            raise JournalError(
+                f"cannot open {file}: it may not be read and written",
+                hint="check its owner and rights",
+            )
+
+
+def check_version(db: apsw.Connection, path: Path) -> None:
+    """Raise JournalError unless this is a journal of the version known here; JournalDamaged if
+    only its header says that it is not. Of a file with tables."""
+    application = db.execute("PRAGMA application_id").fetchone()
+    version = db.execute("PRAGMA user_version").fetchone()
+    if application != (APPLICATION_ID,):
+        tables = db.execute(
+            "SELECT count(*) FROM sqlite_master WHERE name IN ('batch', 'opaque_id', 'run')"
+        ).fetchone()
+        if tables == (3,):
+            raise JournalDamaged(f"{path}: its header is damaged", hint=DAMAGE_HINT)
+        raise JournalError(f"{path} is not a journal of this bus", hint="move it aside")
+    if version != (VERSION,):
+        raise JournalError(
+            f"{path} has version {version and version[0]}, this program knows {VERSION}",
+            hint="install the bitten-event-bus that wrote it, or move it aside",
+        )
+
+
 class JournalFile:
     """Opens the journal at `path`, or creates it with `origin_seq` as its first seq.
 
@@ -44,7 +82,8 @@ class JournalFile:
 
     def __init__(self, path: Path, *, create: bool = True, origin_seq: int = 1) -> None:
         self.path = path
-        self._had_wal = _size(f"{path}-wal") > 0  # whoever reads without one makes an empty one
+        check_rights(path)
+        self._had_wal = has_wal(path)  # whoever reads without one makes an empty one
         try:
             if create:
                 path.touch(0o600)  # the WAL beside it takes over these rights
@@ -67,7 +106,10 @@ class JournalFile:
             if origin_seq is None:
                 raise JournalDamaged(f"{self.path} is empty", hint=DAMAGE_HINT)
             self._create(origin_seq)
-        self._check_version()
+        try:
+            check_version(self._db, self.path)
+        except apsw.Error as e:
+            raise self._read_error(e) from e
         try:
             self._load()
         except TypeError as e:  # a row of meta is not there, or not a number
@@ -115,22 +157,6 @@ class JournalFile:
                     ("trimmed_seq", origin_seq - 1),
                     ("origin_seq", origin_seq),
                 ],
-            )
-
-    def _check_version(self) -> None:
-        application = self._row("PRAGMA application_id")[0]
-        version = self._row("PRAGMA user_version")[0]
-        if application != APPLICATION_ID:
-            tables = self._row(
-                "SELECT count(*) FROM sqlite_master WHERE name IN ('batch', 'opaque_id', 'run')"
-            )
-            if tables[0] == 3:
-                raise JournalDamaged(f"{self.path}: its header is damaged", hint=DAMAGE_HINT)
-            raise JournalError(f"{self.path} is not a journal of this bus", hint="move it aside")
-        if version != VERSION:
-            raise JournalError(
-                f"{self.path} has version {version}, this program knows {VERSION}",
-                hint="install the bitten-event-bus that wrote it, or move it aside",
             )
 
     def is_in_place(self) -> bool:
@@ -296,13 +322,6 @@ class JournalFile:
         return JournalFailed(
             f"cannot write {self.path}: {error}", hint="check the disk and its rights"
         )
-
-
-def _size(path: str) -> int:
-    try:
-        return Path(path).stat().st_size
-    except OSError:
-        return 0
 
 
 def _identity(path: str) -> tuple[int, int] | None:

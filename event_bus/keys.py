@@ -110,9 +110,15 @@ def read_public(directory: Path, name: str) -> str:
     return public.decode()
 
 
+def bus_secret(directory: Path) -> bytes:
+    """The secret key of the bus, in Z85. Raises KeysError."""
+    _, secret = _read(secret_file(directory, BUS), secret=True)
+    return secret
+
+
 def use_bus_key(socket: zmq.Socket[Any], directory: Path, domain: str) -> None:
     """Have a bus's socket, not bound yet, talk only to keys that ZAP admits. Raises KeysError."""
-    _, secret = _read(secret_file(directory, BUS), secret=True)
+    secret = bus_secret(directory)
     socket.curve_server = True
     socket.curve_secretkey = secret
     socket.zap_domain = domain.encode()

@@ -11,6 +11,7 @@ import psutil
 import zmq
 
 from event_bus import keys, protocol
+from event_bus.allow_list import FILE, AllowList
 from event_bus.errors import KeysError, StartError
 from event_bus.settings import Settings
 from event_bus.zap import EVENTS, INGRESS
@@ -36,16 +37,25 @@ PROBE_TIMEOUT_MS = 3_500
 BACKLOG = 1_024
 
 
-def check_exposure(settings: Settings, *, has_keys: bool) -> None:
-    """Raise StartError if other machines could reach the bus without a key."""
+def allow_list(settings: Settings) -> AllowList | None:
+    """Who may connect to a bus with these settings; None if it has no keys. Changes nothing.
+
+    Raises KeysError if a key or the list cannot be used, StartError if other machines could reach
+    a bus without keys.
+    """
+    if keys.has_bus_key(settings.keys):
+        keys.bus_secret(settings.keys)
+        return AllowList(settings.keys / FILE)
     for name in ("events_url", "ingress_url"):
         url = getattr(settings, name)
-        if not has_keys and not keys.is_loopback(url):
+        if not keys.is_loopback(url):
             raise StartError(
                 f"{name} is {url}, which other machines can reach, and there is no key for the bus"
                 f" in {settings.keys}: whoever reaches it could read and publish everything",
-                hint="run `bitten keys new` and `bitten keys allow NAME …`, or listen on 127.0.0.1",
+                hint="run `bitten keys new`, and `bitten keys allow NAME …` for others; or listen"
+                " on 127.0.0.1",
             )
+    return None
 
 
 def listen(

@@ -183,10 +183,12 @@ class Client:
         ack: dict[str, Any] = msgspec.json.decode(frames[0])
         return ack
 
-    def forget(self, consumer: str, timeout_s: float = 2.0) -> bool:
-        """Take a durable consumer off the broker's list; False if it was not there."""
+    def forget(self, consumer: str, timeout_s: float = 2.0) -> int | None:
+        """Take a durable consumer off the broker's list; the number of events that it had not
+        stored, None if it was not there."""
         frames = self.receive(self.send(FORGET, consumer.encode()), timeout_s)
-        return bool(msgspec.json.decode(frames[0])["known"])
+        answer = msgspec.json.decode(frames[0])
+        return int(answer["lag"]) if answer["known"] else None
 
     def close(self) -> None:
         if not self.socket.closed:

@@ -33,7 +33,9 @@ class Replies:
         error = ErrorReply(code=code, message=message, first_seq=first_seq)
         self.send(route, protocol.ERROR, _encode(error))
 
-    def forbid(self, route: list[bytes], key: str, message: str) -> None:
+    def forbid(
+        self, route: list[bytes], key: str, message: str, *, publishes: bool = False
+    ) -> None:
         if self._zap is not None:
-            self._zap.door.forbid(key, message)
+            self._zap.door.forbid(key, message, publishes=publishes)
         self.fail(route, "forbidden", message)

@@ -160,6 +160,10 @@ class Settings:
                 f"cannot create {e.filename or self.home}: {e.strerror}",
                 hint="make it writable or set BITTEN_HOME to a directory that is",
             ) from e
+        self.check_home()
+
+    def check_home(self) -> None:
+        """Raise SettingsError if nothing can be made in the directory; it has to be there."""
         if not os.access(self.home, os.W_OK | os.X_OK):
             raise SettingsError(
                 f"{self.home} is not writable",

@@ -30,6 +30,8 @@ class Door:
         self.refused = 0
         # Requests without the right to them, by the key's name, or by the key if it has none now.
         self.forbidden: Counter[str] = Counter()
+        self.publish_forbidden: Counter[str] = Counter()
+        """Those of them that wanted to publish: the events wait with their senders."""
         self._monotonic = monotonic
         self._logged: dict[str, float] = {}
         self._kept_out: dict[str, float] = {}
@@ -65,11 +67,13 @@ class Door:
     def _is_kept_out(self, key: str) -> bool:
         return self._monotonic() < self._kept_out.get(key, 0.0)
 
-    def forbid(self, key: str, reason: str) -> None:
+    def forbid(self, key: str, reason: str, *, publishes: bool) -> None:
         """Count a request that a connected key has no right to, and log it once a minute."""
         rights = self.allowed[key]
         name = rights.name if rights is not None else key
         self.forbidden[name] += 1
+        if publishes:
+            self.publish_forbidden[name] += 1
         if self._is_news(key):
             log.warning("refused a request of %s: %s", name, reason)
 

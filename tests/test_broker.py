@@ -310,7 +310,8 @@ def test_journal_is_not_trimmed_past_a_durable_consumer_and_says_so(
     assert status["first_seq"] == status["consumers"]["slow"]["next_seq"] == 2
     assert caplog.text.count("consumer slow has not stored it") == 1
     forgotten = bus.client.receive(bus.client.send(protocol.FORGET, b"slow"), 10)
-    assert json.loads(forgotten[0]) == {"consumer": "slow", "known": True}
+    lag = bus.client.status()["last_seq"] - 1
+    assert json.loads(forgotten[0]) == {"consumer": "slow", "known": True, "lag": lag}
     bus.later(6.0)
     wait_until(lambda: bus.client.status()["first_seq"] > 3, "trimmed")
     assert bus.client.status()["journal_held_by"] is None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
 import signal
 import socket
+import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from collector.doctor import versions
 from collector.doctor.context import Context
 from collector.doctor.examination import CHECKS, run
 from collector.doctor.finding import Finding, ok
+from event_bus.journal_format import APPLICATION_ID
 from event_bus.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -197,6 +200,58 @@ def test_key_of_another_home_is_no_reason_to_end_the_bus(system: System, tmp_pat
     assert process.poll() is None
 
 
+@pytest.mark.parametrize(
+    ("trouble", "command"),
+    [
+        ("no allow-list", " keys new"),
+        ("bad allow-list", " keys list"),
+        ("bad key", " keys list"),
+        ("exposed", " keys new"),
+        ("another program's journal", "/journal.db*"),
+        ("newer journal", "/journal.db*"),
+    ],
+)
+def test_start_that_refuses_and_doctor_give_the_same_reason(
+    system: System, trouble: str, command: str
+) -> None:
+    allowed = system.settings.keys / "allowed.yaml"
+    if trouble == "exposed":
+        for name in ("BITTEN_INGRESS_URL", "BITTEN_EVENTS_URL"):
+            system.environ[name] = system.environ[name].replace("127.0.0.1", "0.0.0.0")
+    elif trouble.endswith("journal"):
+        system.settings.make_home()
+        with contextlib.closing(sqlite3.connect(system.settings.journal)) as db:
+            if trouble.startswith("newer"):
+                db.execute(f"PRAGMA application_id={APPLICATION_ID}")
+                db.execute("PRAGMA user_version=99")
+            db.execute("CREATE TABLE t (x)")
+    else:
+        system.bitten("keys", "new")
+        if trouble == "no allow-list":
+            allowed.unlink()
+        elif trouble == "bad allow-list":
+            allowed.write_text("client: [")
+        else:
+            (system.settings.keys / "bus.key_secret").write_text("junk")
+    refused = system.bitten("bus")
+    assert (refused.returncode, refused.stderr.count("\n")) == (4, 1)
+    assert system.settings.journal.exists() == trouble.endswith("journal")
+    finding = only(system, "bus")
+    assert finding.level == "fault"
+    assert finding.what.startswith("the bus cannot start: ")
+    reason = finding.what.removeprefix("the bus cannot start: ")
+    assert refused.stderr.startswith(f"bitten: {reason}; ")
+    assert finding.remedy.startswith(refused.stderr.strip().removeprefix(f"bitten: {reason}; "))
+    assert finding.command.endswith(command)
+    assert "moves the file aside" not in str(findings(system, "journal"))
+
+
+def test_home_that_is_to_reach_another_machine_is_told_which_keys_it_lacks(system: System) -> None:
+    for name, port in (("BITTEN_INGRESS_URL", 5571), ("BITTEN_EVENTS_URL", 5570)):
+        system.environ[name] = f"tcp://192.0.2.1:{port}"
+    assert "client.key_secret" in only(system, "bus").remedy
+
+
 def test_bus_that_takes_connections_and_does_not_answer_is_to_be_ended(system: System) -> None:
     hanging = system.popen(
         "-c",
@@ -229,7 +284,16 @@ def test_problem_of_the_bus_comes_with_the_command_of_its_remedy(system: System)
     system.start_bus()
     (system.settings.keys / "allowed.yaml").write_text("client: [")
     wait_until(lambda: findings(system, "bus-problems"), "the bus says so")
-    assert only(system, "bus-problems").command.endswith(" keys list")
+    finding = only(system, "bus-problems")
+    assert "mend that line" in finding.what
+    assert finding.command.endswith(" keys list")
+    (system.settings.keys / "allowed.yaml").unlink()
+    wait_until(
+        lambda: "there is no allow-list" in only(system, "bus-problems").what, "the bus says so"
+    )
+    finding = only(system, "bus-problems")
+    assert "that line" not in finding.what + finding.remedy
+    assert "`bitten keys new`" in finding.what
 
 
 def test_subscribers_that_listen_elsewhere_are_told_where_events_are(bus: System) -> None:

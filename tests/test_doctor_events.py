@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -145,14 +146,14 @@ def test_milliseconds_are_a_fault_even_among_many_right_ones(system: System) -> 
     store(system, [(now - 2 * HOUR_S, wrong), *many])
     finding = only(system, "timestamps")
     assert finding.level == "fault"
-    assert finding.what.startswith("js bot sends timestamps in milliseconds: 1 events")
+    assert finding.what.startswith("js bot sends timestamps in milliseconds: 1 event of late")
     assert finding.command.endswith("--source 'js bot'")
 
 
 def test_timestamps_of_1970_are_a_warning(system: System) -> None:
     now = time.time()
     store(system, [(now - 10, event("bot", timestamp=0.0)), (now - 9, event("bot"))])
-    assert "before the year 2000: 1 events" in only(system, "timestamps").what
+    assert "before the year 2000: 1 event of late" in only(system, "timestamps").what
 
 
 def test_source_whose_clock_is_ahead_is_a_warning(system: System) -> None:
@@ -214,6 +215,77 @@ def test_refused_events_are_counted_by_type_and_source_with_the_reason(running: 
     assert "confidence" in finding.why
     shown = subprocess.run(finding.command, shell=True, capture_output=True, text=True, check=True)
     assert "confidence" in shown.stdout
+
+
+PUBLISHING = """
+import time
+from event_bus import event_bridge as b
+b.emit("user_action", {"action": "x"}, source="bot")
+while "may publish nothing" not in b.stats()["last_error"]: time.sleep(0.01)
+print(flush=True)
+time.sleep(100)
+"""
+
+
+def test_key_that_publishes_and_may_not_is_a_fault_with_the_command_that_lets_it(
+    system: System,
+) -> None:
+    system.bitten("keys", "new")
+    system.bitten("keys", "allow", "client", "--subscribe", "*")
+    system.start_bus()
+    system.start_collector()
+    assert findings(system, "keys") == []
+    process = system.popen("-c", PUBLISHING)
+    assert process.stdout is not None
+    process.stdout.readline()
+    finding = only(system, "keys")
+    assert finding.level == "fault"
+    assert finding.what.startswith("the key client may publish nothing, and has tried to")
+    command = finding.command.partition(" keys ")[2]
+    assert command == "allow client --publish '*' --subscribe '*'"
+    assert system.bitten("keys", *shlex.split(command)).returncode == 0
+    wait_until(lambda: system.stored() and not findings(system, "keys"), "the events are stored")
+
+
+def test_events_that_wait_for_a_right_are_told_apart_from_a_bus_out_of_reach(
+    system: System,
+) -> None:
+    system.bitten("keys", "new")
+    system.bitten("keys", "allow", "client", "--subscribe", "*")
+    system.start_bus()
+    system.environ["BITTEN_OUTBOX_MAX_EVENTS"] = "2"
+    process = system.popen("-c", PUBLISHING.replace("b.emit", "for _ in range(9): b.emit"))
+    assert process.stdout is not None
+    process.stdout.readline()
+    wait_until(lambda: findings(system, "spool", later_s=3_600), "they are in the spool")
+    finding = only(system, "spool", later_s=3_600)
+    assert "the key client may publish nothing" in finding.why
+    assert finding.command.endswith(" keys allow client --publish '*' --subscribe '*'")
+
+
+def test_events_refused_for_a_right_are_told_which_key_lacks_it(system: System) -> None:
+    system.bitten("keys", "new")
+    system.bitten("keys", "allow", "client", "--publish", "market_data", "--subscribe", "*")
+    system.start_bus()
+    system.start_collector()
+    assert system.bitten("emit", "user_action", "action=x").returncode == 1
+    wait_until(lambda: system.stored() and findings(system, "refused"), "the refusal is stored")
+    finding = only(system, "refused")
+    assert "the key client may not publish user_action" in finding.why
+    assert "`bitten keys allow" in finding.remedy
+    assert finding.command.endswith(" keys list")
+
+
+def test_bus_whose_status_this_homes_key_may_not_ask_is_not_taken_for_a_hanging_one(
+    system: System,
+) -> None:
+    system.bitten("keys", "new")
+    system.start_bus()
+    system.bitten("keys", "allow", "client", "--publish", "*")
+    wait_until(lambda: "may not ask" in only(system, "bus").what, "the right is gone")
+    finding = only(system, "bus")
+    assert "kill" not in finding.command
+    assert finding.command.endswith(" keys allow client --publish '*' --subscribe '*'")
 
 
 def test_dropped_events_are_a_fault(system: System) -> None:

@@ -71,12 +71,32 @@ def test_home_that_others_may_read_is_a_warning(stopped: System) -> None:
     assert findings(stopped, "rights") == []
 
 
+def test_open_file_in_a_closed_home_is_no_trouble(stopped: System) -> None:
+    config = stopped.home / "config.yaml"
+    config.write_text("source: bot\n")
+    config.chmod(0o644)
+    assert findings(stopped, "rights") == []
+    stopped.home.chmod(0o711)
+    assert only(stopped, "rights").what.endswith("home, config.yaml")
+
+
+def test_open_database_outside_a_closed_home_is_a_warning(stopped: System) -> None:
+    elsewhere = stopped.home.with_name("elsewhere.db")
+    stopped.db.rename(elsewhere)
+    elsewhere.chmod(0o644)
+    stopped.environ["BITTEN_DB"] = str(elsewhere)
+    finding = only(stopped, "rights")
+    assert "elsewhere.db" in finding.what
+    subprocess.run(finding.command, shell=True, check=True)
+    assert findings(stopped, "rights") == []
+
+
 def test_file_of_another_user_is_a_fault(stopped: System) -> None:
     as_root()
     os.chown(stopped.settings.journal, NOBODY, NOBODY)
     finding = only(stopped, "rights")
     assert finding.level == "fault"
-    assert "1 files in" in finding.what
+    assert "1 file in" in finding.what
     assert "journal.db" in finding.what
     assert finding.command.startswith("sudo chown -R ")
 
@@ -148,6 +168,49 @@ def test_home_closed_to_this_user_is_told(open_directory: Path) -> None:
     done = system.script(AS_NOBODY, str(system.home), "--home", cwd=Path(__file__).parent)
     assert "fault    settings: cannot read " in done.stdout, done.stderr
     assert "do:  use `bitten` as the user whose home it is" in done.stdout
+
+
+START_AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from conftest import System
+from doctors import only
+from event_bus.broker import Broker
+from event_bus.errors import BittenError
+
+system = System(Path(sys.argv[1]))
+only(system, "bus")  # imports what only root may read, perhaps
+os.setuid(65534)
+if not os.fork():  # or this process would hold the lock
+    try:
+        Broker(system.settings)
+    except BittenError as e:
+        print(f"{e.args[0]}\\n{e.hint}", flush=True)
+    os._exit(0)
+os.wait()
+found = only(system, "bus")
+print(f"{found.what.removeprefix('the bus cannot start: ')}\\n{found.remedy}\\n{found.command}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [(".", 0o500), ("journal.db", 0o400), ("journal.db-wal", 0o200)]
+)
+def test_start_that_its_rights_forbid_and_doctor_give_the_same_reason(
+    open_directory: Path, name: str, mode: int
+) -> None:
+    system = System(open_directory / "home")
+    system.start_bus().kill()
+    system.close()
+    for path in [system.home, *system.home.rglob("*")]:
+        os.chown(path, NOBODY, NOBODY)
+    (system.home / name).chmod(mode)
+    done = system.script(START_AS_NOBODY, str(system.home), cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
+    *refused, reason, remedy, command = done.stdout.splitlines()
+    assert refused == [reason, remedy]
+    assert str(system.home) in reason
+    assert command.startswith("ls -l")
 
 
 def test_files_moved_aside_are_a_warning(stopped: System) -> None:
@@ -259,6 +322,27 @@ def test_journal_that_was_removed_is_put_back_by_the_bus(running: System) -> Non
     assert finding.command.startswith("sleep 10; bitten ")
 
 
+def test_database_that_was_removed_is_put_back_by_the_collector(running: System) -> None:
+    collector = running.processes[1]
+    collector.send_signal(signal.SIGSTOP)  # or it does so while we look
+    running.db.unlink()
+    finding = only(running, "database")
+    assert finding.why.startswith("the collector puts it back by itself, within seconds")
+    assert finding.command.startswith("sleep 10; bitten ")
+    collector.send_signal(signal.SIGCONT)
+    wait_until(lambda: findings(running, "bus-problems"), "it is told")
+    told = only(running, "bus-problems")
+    assert "nothing is lost: what it held is there again" in told.what
+    assert told.level == "warning"
+    assert findings(running, "database") == []
+
+
+def test_journal_that_was_put_back_is_as_grave_as_a_database(running: System) -> None:
+    running.settings.journal.unlink()
+    wait_until(lambda: findings(running, "bus-problems"), "it is told")
+    assert only(running, "bus-problems").level == "warning"
+
+
 def test_database_of_another_program_is_a_fault(stopped: System) -> None:
     stopped.db.unlink()
     sqlite3.connect(stopped.db).execute("CREATE TABLE t (x)")
@@ -285,6 +369,67 @@ def test_database_of_another_journal_is_a_fault(stopped: System) -> None:
     stopped.start_bus()
     finding = only(stopped, "database")
     assert "was filled from journal" in finding.what
+
+
+def killed(running: System) -> System:
+    for process in running.processes:
+        process.kill()
+        process.wait()
+    return running
+
+
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_journal_whose_wal_is_gone_is_told_before_the_start(
+    running: System, *, is_empty: bool
+) -> None:
+    system = killed(running)
+    wal = Path(f"{system.settings.journal}-wal")
+    kept = system.home / "kept"
+    wal.rename(kept)
+    if is_empty:
+        wal.touch(0o600)
+    finding = only(system, "journal")
+    assert finding.level == "fault"
+    assert "-wal is gone" in finding.what
+    assert f"put {wal} back" in finding.remedy
+    assert findings(system, "database") == []
+    assert "bitten up" not in only(system, "bus").command
+    kept.replace(wal)
+    assert findings(system, "journal") == []
+    assert only(system, "bus").command.endswith(" up")
+
+
+def test_start_without_the_wal_does_what_was_said(running: System) -> None:
+    system = killed(running)
+    Path(f"{system.settings.journal}-wal").unlink()
+    last = int(system.sql("SELECT max(seq) FROM events")[0][0])
+    assert f"after seq {last}" in only(system, "journal").remedy
+    system.start_bus()
+    assert system.bitten("emit", "user_action", "action=x").returncode == 0
+    system.start_collector()
+    system.wait_stored()
+    (loss,) = (f for f in findings(system, "bus-problems") if f"events 1 to {last}:" in f.what)
+    assert "journal_damaged" in loss.what
+    assert system.sql("SELECT max(seq) FROM events WHERE seq <= ?", last) == [(last,)]
+
+
+def test_database_whose_wal_is_gone_is_told_and_filled_from_the_journal(running: System) -> None:
+    system = killed(running)
+    for suffix in ("-wal", "-shm"):
+        Path(f"{system.db}{suffix}").unlink()
+    assert system.db.stat().st_size == 4_096
+    finding = only(system, "database")
+    assert finding.level == "fault"
+    assert "its -wal is gone" in finding.why
+    assert finding.command.endswith(" collect")
+    for command in ("stats", "backup"):
+        refused = system.bitten(command)
+        assert (refused.returncode, "its -wal is gone" in refused.stderr) == (4, True)
+    system.start_bus()
+    system.start_collector()
+    system.wait_stored()
+    assert findings(system, "database") == []
+    assert system.sql("SELECT min(seq) FROM events") == [(1,)]
 
 
 def test_database_ahead_of_the_journal_is_a_fault(stopped: System) -> None:
@@ -336,7 +481,7 @@ def test_spool_of_a_dead_process_waits_for_the_bus(system: System) -> None:
     assert system.script(code).returncode == 0
     finding = only(system, "spool", later_s=3 * 86_400)
     assert finding.level == "warning"
-    assert finding.what == "1 events of bot wait on disk for 3 days; their process is gone"
+    assert finding.what == "1 event of bot waits on disk for 3 days; their process is gone"
 
 
 def test_spool_of_a_process_that_asks_another_address_is_a_warning(bus: System) -> None:

@@ -59,7 +59,6 @@ def test_each_problem_is_named_with_a_remedy_and_the_gravest_comes_first() -> No
         "journal_damaged",
         "journal_gone",
         "journal_recovered",
-        "journal_put_back",
         "consumer_problem",
         "consumer_stalled",
         "journal_held",
@@ -67,6 +66,7 @@ def test_each_problem_is_named_with_a_remedy_and_the_gravest_comes_first() -> No
         "clock_back",
         "keys_problem",
         "schema_problem",
+        "journal_put_back",
     ]
     assert "/home/journal.db" in found["storage_full"].message
     assert found["storage_full"].since == 90.0

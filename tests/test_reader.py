@@ -139,7 +139,7 @@ def test_missing_or_unfinished_database_says_how_to_start_one(
     if content is not None:
         path.write_bytes(content)
     for ask in (DataCollector(path).get_stats, DataCollector(path).query_events):
-        with pytest.raises(DatabaseError, match=r"no database at .* yet; start the collector"):
+        with pytest.raises(DatabaseMissing, match=r"; start the collector"):
             ask()
 
 

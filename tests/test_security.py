@@ -194,7 +194,7 @@ def test_event_type_without_the_right_is_a_kept_rejection(
     bad = event("f-2", "fire_command", {"fire_id": "1"})
     ack = client.publish(event("f-1", "market_data") + bad + event("f-3"))
     assert (ack["accepted"], ack["rejected"]) == (2, 1)
-    assert ack["refusals"] == [{"line": 1, "reason": "this key may not publish fire_command"}]
+    assert ack["refusals"] == [{"line": 1, "reason": "the key feed may not publish fire_command"}]
     account = refusal(guarded.system)
     assert (account["rule"], account["event_type"]) == ("rights", "fire_command")
 
@@ -209,6 +209,7 @@ def test_key_that_may_publish_nothing_is_forbidden_and_stores_nothing(
         assert e.value.code == "forbidden"
     status = connect(guarded.system).status()
     assert (status["rejected"], status["forbidden"]) == (0, {"reader": 3})
+    assert status["publish_forbidden"] == {"reader": 3}
     with Subscriber(start=1, timeout_s=1, settings=guarded.system.settings) as events:
         assert {e.event_type for e in events} == {"system_health"}
     assert "requests without the right to them: reader 3" in guarded.system.bitten("status").stdout
@@ -473,6 +474,33 @@ def test_bus_with_a_key_needs_an_allow_list(system: System) -> None:
     done = system.bitten("bus")
     assert (done.returncode, done.stderr.count("\n")) == (4, 1)
     assert "allowed.yaml, line 2" in done.stderr
+    assert done.stderr.endswith("; mend that line\n")
+
+
+def test_what_the_bus_says_of_a_missing_allow_list_lets_the_homes_own_processes_in(
+    system: System,
+) -> None:
+    system.bitten("keys", "new")
+    (system.settings.keys / "allowed.yaml").unlink()
+    refused = system.bitten("bus").stderr
+    assert "that line" not in refused
+    (advised,) = re.findall(r"`bitten (keys new)`", refused)
+    assert system.bitten(*advised.split()).returncode == 0
+    system.start_bus()
+    assert system.bitten("emit", "user_action", "action=x").returncode == 0
+
+
+def test_list_that_is_begun_without_the_homes_own_key_says_so(system: System) -> None:
+    system.bitten("keys", "new")
+    system.bitten("keys", "new", "laptop")
+    (system.settings.keys / "allowed.yaml").unlink()
+    allowed = system.bitten("keys", "allow", "laptop", "--publish", "user_action")
+    assert "`bitten keys new` lets them in" in allowed.stderr
+    assert system.bitten("keys", "new").returncode == 0
+    assert system.bitten("keys", "allow", "laptop", "--subscribe", "*").stderr == ""
+    listed = system.bitten("keys", "list", "--json").stdout
+    assert '"name":"client"' in listed
+    assert '"name":"laptop"' in listed
 
 
 def test_allow_list_that_breaks_while_the_bus_runs_changes_nothing(

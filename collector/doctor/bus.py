@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from collector.doctor import missing
-from collector.doctor.context import Context, quoted
+from collector.doctor import files, missing
+from collector.doctor.context import Context, quoted, row
 from collector.doctor.finding import CannotTell, Finding, fault, moment, ok, span, warning
-from collector.doctor.missing import Remains
+from collector.doctor.missing import JOURNAL, Remains
 from collector.doctor.processes import Process, listeners, lock_owner
-from event_bus import keys
-from event_bus.errors import KeysError
+from collector.doctor.security import let, own_rights
+from collector.keeper import NOTHING_LOST
+from event_bus import keys, ports
+from event_bus.allow_list import FILE
+from event_bus.errors import (
+    BittenError,
+    JournalDamaged,
+    JournalError,
+    KeysError,
+    SettingsError,
+    StartError,
+)
+from event_bus.journal_file import check_rights, check_version
 from event_bus.settings import Settings
 from event_bus.version import __version__
 
 PUT_RIGHT = {"journal_put_back"}
-"""Codes of what is over and has cost no event."""
+"""Codes of what is over and has cost no event; so is a problem of a consumer that says so."""
 
 TOLD_ELSEWHERE = {"consumer_stalled", "journal_held", "schema_problem"}
 """Codes of what the checks `lag` and `schemas` see for themselves."""
@@ -55,6 +67,8 @@ class Absence:
     is_client: bool
     url: str
     key_problem: str
+    refusal: BittenError | None
+    lacks_wal: bool
     reach: Reach
     owner: Process | None
     listener: Process | None
@@ -63,6 +77,9 @@ class Absence:
 
 def answers(context: Context) -> Iterator[Finding]:
     settings, status = context.settings, context.status
+    if context.refused:
+        yield _untold(context)
+        return
     if status is None:
         yield judge_absence(
             Absence(
@@ -71,6 +88,8 @@ def answers(context: Context) -> Iterator[Finding]:
                 is_client=context.is_client,
                 url=settings.ingress_url,
                 key_problem=context.key_problem,
+                lacks_wal=files.lacks_wal(context),
+                refusal=None if context.is_client else refusal(context),
                 reach=reach(settings),
                 owner=lock_owner(settings.home / "bus.lock"),
                 listener=listeners([settings.ingress_url]).get(settings.ingress_url),
@@ -98,6 +117,38 @@ def answers(context: Context) -> Iterator[Finding]:
             f"the bus answers: process {status['pid']}, up {span(status['uptime_s'])},"
             f" last seq {status['last_seq']}"
         )
+
+
+def _untold(context: Context) -> Finding:
+    """Of a bus that answers, and does not let this home's key ask how it is."""
+    rights = own_rights(context)
+    if rights is None:  # it may be meant so, for a second machine
+        return ok(f"the bus answers; {context.refused}")
+    return fault(
+        f"this home's key, {rights.name}, may not ask the bus how it is: {context.refused}",
+        why="the collector, durable consumers and `bitten status` need that; much of what is wrong"
+        " cannot be seen without",
+        remedy="let it read all, or make a home and a key of its own for what may not",
+        command=let(context, replace(rights, subscribe=("*",))),
+    )
+
+
+def refusal(context: Context) -> BittenError | None:
+    """What a start would end with, by the bus's own checks."""
+    settings = context.settings
+    try:
+        if settings.home.exists():
+            settings.check_home()
+        ports.allow_list(settings)
+        check_rights(settings.journal)
+        with contextlib.suppress(CannotTell), context.reading(settings.journal) as db:
+            if row(db, "SELECT count(*) FROM sqlite_master")[0]:
+                check_version(db, settings.journal)
+    except JournalDamaged:  # the start makes a new one of it
+        return None
+    except BittenError as e:
+        return e
+    return None
 
 
 def reach(settings: Settings) -> Reach:
@@ -131,6 +182,24 @@ def judge_absence(facts: Absence) -> Finding:
             command=f"kill -CONT {facts.owner.pid}",
         )
     keys_command = f"ls -l {quoted(facts.home / 'keys')}; {facts.bitten} keys list"
+    if facts.refusal is not None and facts.owner is None:
+        error = facts.refusal
+        command = keys_command
+        if isinstance(error, SettingsError):
+            command = f"ls -ld {quoted(facts.home)}"
+        elif isinstance(error, JournalError):
+            command = f"ls -l {quoted(facts.home / JOURNAL)}*"
+        elif isinstance(error, StartError) or not (facts.home / "keys" / FILE).exists():
+            command = f"{facts.bitten} keys new"
+        remedy = error.hint or "see its log"
+        if isinstance(error, StartError) and facts.key_problem:
+            remedy += "; if the bus is on another machine, put client.key_secret and bus.key here"
+        return fault(
+            f"the bus cannot start: {error.args[0]}",
+            why=f"`bitten up` and `bitten bus` end with that; {away}",
+            remedy=remedy,
+            command=command,
+        )
     if facts.key_problem:
         return fault(
             f"the bus cannot be asked: {facts.key_problem}",
@@ -180,6 +249,13 @@ def judge_absence(facts: Absence) -> Finding:
         )
     if facts.remains is not None:
         return missing.judge(facts.remains)
+    if facts.lacks_wal:
+        return fault(
+            "the bus is not running, and its journal lacks its -wal",
+            why=f"a start finds that what was committed last is gone; {away}",
+            remedy="see the check `journal` first; then start bus and collector",
+            command=f"ls -l {quoted(facts.home / JOURNAL)}*",
+        )
     return fault(
         "the bus is not running",
         why=f"nobody listens at {facts.url} and nobody holds {facts.home / 'bus.lock'}; {away}",
@@ -188,7 +264,7 @@ def judge_absence(facts: Absence) -> Finding:
     )
 
 
-def ports(context: Context) -> Iterator[Finding]:
+def events_port(context: Context) -> Iterator[Finding]:
     """The events port: that of ingress is judged with the answer."""
     settings, status = context.settings, context.status
     if status is not None:
@@ -227,7 +303,8 @@ def problems(context: Context) -> Iterator[Finding]:
     """What the bus itself says is wrong."""
     found = [p for p in context.bus()["problems"] if p["code"] not in TOLD_ELSEWHERE]
     for problem in found:
-        yield (warning if problem["code"] in PUT_RIGHT else fault)(
+        put_right = problem["code"] in PUT_RIGHT or NOTHING_LOST in problem["message"]
+        yield (warning if put_right else fault)(
             f"the bus says {problem['code']}: {problem['message']}",
             why=f"since {moment(problem['since'])}",
             remedy=problem["remedy"],

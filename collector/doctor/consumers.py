@@ -12,6 +12,7 @@ from collector.doctor.context import Context, row
 from collector.doctor.finding import CannotTell, Finding, fault, moment, ok, span, warning
 from collector.doctor.processes import lock_owner
 from event_bus.health import STALLED_AFTER_S
+from event_bus.words import events
 
 BEHIND_S = 60.0
 FAR_BEHIND_S = 3_600.0
@@ -88,7 +89,7 @@ def judge_lag(lag: Lag, context: Context) -> Finding:
     name = lag.consumer
     if not lag.events or (lag.silent_s < STALLED_AFTER_S and lag.behind_s < BEHIND_S):
         return ok(f"consumer {name} is up to date")
-    far = f"consumer {name} is {lag.events} events behind, {span(lag.behind_s)}"
+    far = f"consumer {name} is {events(lag.events)} behind, {span(lag.behind_s)}"
     if lag.silent_s < STALLED_AFTER_S:
         return (fault if lag.behind_s > FAR_BEHIND_S else warning)(
             far,

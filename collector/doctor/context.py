@@ -35,6 +35,8 @@ class Context:
     deadline: float
     key_problem: str = ""
     """Why this home's key cannot be used, if it cannot."""
+    refused: str = ""
+    """Why the bus, which answers, does not say how it is, if it does not."""
 
     @contextlib.contextmanager
     def reading(self, path: Path) -> Iterator[apsw.Connection]:

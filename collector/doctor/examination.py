@@ -28,7 +28,7 @@ from collector.doctor import (
 )
 from collector.doctor.context import Check, Context
 from collector.doctor.finding import LEVELS, CannotTell, Finding, Level
-from event_bus.errors import BittenError, KeysError
+from event_bus.errors import BittenError, BusRefused, KeysError
 from event_bus.protocol import Client
 from event_bus.settings import Settings
 
@@ -37,7 +37,7 @@ STATUS_TIMEOUT_S = 1.0
 
 CHECKS: dict[str, Check] = {
     "bus": bus.answers,
-    "ports": bus.ports,
+    "ports": bus.events_port,
     "bus-problems": bus.problems,
     "collector": consumers.collector,
     "lag": consumers.lag,
@@ -57,6 +57,7 @@ CHECKS: dict[str, Check] = {
     "leftovers": home.leftovers,
     "backups": backups.newest,
     "exposure": security.exposure,
+    "keys": security.publishers,
     "timestamps": times.timestamps,
     "clock-steps": times.steps,
     "clock": machine.clock,
@@ -76,13 +77,14 @@ def examine(settings: Settings) -> list[Finding]:
 
 def prepare(settings: Settings, *, clock: Callable[[], float] = time.time) -> Context:
     """What checks are given; asks the bus how it is. `clock` gives Unix seconds."""
-    status, key_problem = _status(settings)
+    status, key_problem, refused = _status(settings)
     return Context(
         settings=settings,
         bitten=_command(settings),
         now=clock(),
         status=status,
         key_problem=key_problem,
+        refused=refused,
         deadline=time.monotonic() + LIMIT_S,
     )
 
@@ -126,16 +128,18 @@ def _of_check(level: Level, what: str) -> Finding:
     )
 
 
-def _status(settings: Settings) -> tuple[dict[str, Any] | None, str]:
-    """What the bus says, and why this home's key cannot be used to ask it."""
+def _status(settings: Settings) -> tuple[dict[str, Any] | None, str, str]:
+    """What the bus says, why this home's key cannot be used to ask it, and why it refuses that."""
     try:
         client = Client(settings)
     except KeysError as e:
-        return None, str(e.args[0])
+        return None, str(e.args[0]), ""
     try:
-        return client.status(STATUS_TIMEOUT_S), ""
+        return client.status(STATUS_TIMEOUT_S), "", ""
+    except BusRefused as e:
+        return None, "", str(e.args[0])
     except BittenError:
-        return None, ""
+        return None, "", ""
     finally:
         client.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +10,14 @@ import apsw
 
 from collector.doctor.context import Context, quoted, row
 from collector.doctor.finding import CannotTell, Finding, fault, ok, size
+from collector.doctor.processes import lock_owner
 from collector.layout import LAST_SEQ, check_version, is_blank
-from event_bus.errors import DatabaseError
-from event_bus.journal_format import is_intact
+from event_bus.errors import DatabaseError, JournalDamaged, JournalError
+from event_bus.journal_file import check_version as check_journal_version
+from event_bus.journal_file import has_wal
+from event_bus.journal_format import WAL_HOLDS_MORE, is_intact
+from event_bus.recovery import SPARE_SEQS
+from event_bus.traces import last_known
 
 _BATCH = "SELECT first_seq, count, received_at, crc32, body FROM batch ORDER BY first_seq"
 
@@ -32,7 +38,7 @@ def database(context: Context) -> Iterator[Finding]:
     try:
         with context.reading(path) as db:
             if is_blank(db):
-                yield ok("the database is new and empty")
+                yield _blank(context)
                 return
             check_version(db, path)
             # Both ends, and what every view needs.
@@ -59,6 +65,22 @@ def database(context: Context) -> Iterator[Finding]:
         )
         return
     yield from _belongs(context, known[0] if known else None, last)
+
+
+def _blank(context: Context) -> Finding:
+    path = context.settings.db
+    first_seq = _first_in_journal(context) if context.settings.journal.exists() else None
+    if first_seq is None or lock_owner(Path(f"{path}.lock")) is not None:
+        return ok("the database is new and empty")
+    gone = f"; those before {first_seq} are in backups at best" if first_seq > 1 else ""
+    return fault(
+        f"{path} holds nothing, not even tables",
+        why="its -wal is gone and with it all that was not copied yet, it was cut, or the collector"
+        " was killed while it made it",
+        remedy="put the -wal back if you have it; else start the collector: it fills the database"
+        f" with all that the journal has{gone}",
+        command=f"{context.bitten} collect",
+    )
 
 
 def _unreadable(problem: CannotTell, path: Path, mend: str) -> dict[str, str]:
@@ -90,7 +112,14 @@ def _unreadable(problem: CannotTell, path: Path, mend: str) -> dict[str, str]:
 
 def _missing(context: Context) -> Iterator[Finding]:
     path = context.settings.db
-    if Path(f"{path}-wal").exists():
+    if lock_owner(Path(f"{path}.lock")) is not None:
+        yield fault(
+            f"{path} is not there, and the collector runs",
+            why="the collector puts it back by itself, within seconds, or is about to make it",
+            remedy="do not stop the collector; look again in some seconds",
+            command=f"sleep 10; {context.bitten} doctor",
+        )
+    elif Path(f"{path}-wal").exists():
         wal = Path(f"{path}-wal")
         has_journal = context.settings.journal.exists()
         yield fault(
@@ -143,6 +172,9 @@ def _belongs(context: Context, journal_id: str | None, last: int) -> Iterator[Fi
     except CannotTell:  # the journal's own check says so
         yield ok(f"the database is readable, up to seq {last}")
         return
+    if lacks_wal(context):  # the journal's own check says so
+        yield ok(f"the database is readable, up to seq {last}")
+        return
     restore = f"{context.bitten} status; ls -l {quoted(path.parent)}"
     if journal_id not in (None, own_id):
         yield fault(
@@ -181,6 +213,8 @@ def journal(context: Context) -> Iterator[Finding]:
         return
     try:
         with context.reading(path) as db:
+            if row(db, "SELECT count(*) FROM sqlite_master")[0]:
+                check_journal_version(db, path)
             newest = row(db, f"{_BATCH} DESC LIMIT 1")
             oldest = row(db, f"{_BATCH} LIMIT 1")
     except CannotTell as e:
@@ -194,6 +228,25 @@ def journal(context: Context) -> Iterator[Finding]:
             ),
         )
         return
+    except JournalDamaged as e:
+        yield fault(
+            str(e.args[0]),
+            why="the disk did not give back what was written",
+            remedy=str(e.hint),
+            command=f"{context.bitten} up",
+        )
+        return
+    except JournalError as e:
+        yield fault(
+            str(e.args[0]),
+            why="the bus does not start with it",
+            remedy=str(e.hint),
+            command=f"mv {quoted(path)} {quoted(path)}.old",
+        )
+        return
+    if lacks_wal(context):
+        yield _without_wal(context)
+        return
     damaged = [b for b in (newest, oldest) if b is not None and not is_intact(*b)]
     if damaged:
         yield fault(
@@ -204,3 +257,41 @@ def journal(context: Context) -> Iterator[Finding]:
         )
     else:
         yield ok(f"the journal is readable, {size(path.stat().st_size)}")
+
+
+def lacks_wal(context: Context) -> bool:
+    """Whether the journal of a bus that does not run has lost what it committed last."""
+    settings = context.settings
+    if context.status is not None or has_wal(settings.journal):
+        return False
+    if lock_owner(settings.home / "bus.lock") is not None:
+        return False
+    try:
+        with context.reading(settings.journal) as db:
+            found = row(db, "SELECT value FROM meta WHERE key = ?", WAL_HOLDS_MORE)
+    except CannotTell:
+        return False
+    return bool(found == (1,))
+
+
+def _without_wal(context: Context) -> Finding:
+    settings = context.settings
+    wal = f"{settings.journal}-wal"
+    known = [last_known(settings.home, settings.backup_dir)[0]]
+    for path, sql in (
+        (settings.db, LAST_SEQ),
+        (settings.journal, "SELECT max(first_seq + count - 1) FROM batch"),
+        (settings.journal, "SELECT max(next_seq) - 1 FROM consumer"),
+        (settings.journal, "SELECT value FROM meta WHERE key = 'trimmed_seq'"),
+    ):
+        with contextlib.suppress(CannotTell), context.reading(path) as db:
+            known.append(row(db, sql)[0] or 0)
+    return fault(
+        "the journal's -wal is gone, and with it what was committed last",
+        why="journal.db says that it is not all there is: the -wal was removed or emptied while the"
+        " bus had it open or was killed",
+        remedy=f"put {wal} back if you have it, before the bus is started. Without it a start goes"
+        f" on after seq {max(known)}, the last one known, leaves {SPARE_SEQS} numbers out and names"
+        " what is lost; what the database has is safe",
+        command=f"ls -la {quoted(settings.home)}",
+    )

@@ -85,7 +85,8 @@ def judge_rights(entries: Sequence[Entry], *, home_uid: int, my_uid: int) -> Ite
     foreign = [e.path for e in entries if e.uid != home_uid]
     if foreign:
         yield fault(
-            f"{len(foreign)} files in {home} are not {owner}'s: {_some(foreign)}",
+            f"{len(foreign)} {'file' if len(foreign) == 1 else 'files'} in {home} not {owner}'s:"
+            f" {_some(foreign)}",
             why=f"made by a command of {_user(_uid_of(entries, foreign[0]))}; what runs as {owner}"
             " may not be able to write them",
             remedy="give them to the owner of the home, and run `bitten` as that user",
@@ -107,13 +108,16 @@ def judge_rights(entries: Sequence[Entry], *, home_uid: int, my_uid: int) -> Ite
             remedy="close them; if others work on this machine, make new ones",
             command=f"chmod 600 {' '.join(map(quoted, secrets[:MAX_SHOWN]))}",
         )
-    wide = [e.path for e in entries if e.mode & 0o077 and e.path not in secrets]
+    # Into a home that is closed nobody gets: an editor's 0644 of config.yaml does no harm there.
+    outside = [e for e in entries if not e.path.is_relative_to(home)]
+    within_reach = entries if entries[0].mode & 0o077 else outside
+    wide = [e.path for e in within_reach if e.mode & 0o077 and e.path not in secrets]
     if wide:
         yield warning(
             f"other users of this machine have rights on {_some(wide)}",
             why="what is in the home is its owner's alone: directories 0700, files 0600",
             remedy="take those rights away, unless you gave them on purpose",
-            command=f"chmod -R go= {quoted(home)}",
+            command=f"chmod -R go= {' '.join(map(quoted, [home, *(e.path for e in outside)]))}",
         )
     if my_uid not in (0, home_uid):
         yield warning(

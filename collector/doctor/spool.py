@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -11,6 +12,8 @@ import msgspec
 from collector.doctor.context import Context, quoted
 from collector.doctor.finding import Finding, fault, ok, size, span, warning
 from collector.doctor.processes import Process, lock_owner
+from collector.doctor.security import let, own_rights
+from event_bus.words import events
 
 STALE_S = 60.0
 FULL = 0.8
@@ -36,7 +39,9 @@ class SpoolFile:
 def stale(context: Context) -> Iterator[Finding]:
     status = context.status
     up_s = None
-    if status is not None:
+    if context.refused:
+        up_s = math.inf
+    elif status is not None:
         is_here = not context.is_client
         up_s = context.now - Process.of(status["pid"]).started_at if is_here else status["uptime_s"]
     found = False
@@ -82,7 +87,8 @@ def judge_spool(file: SpoolFile, up_s: float | None, context: Context) -> Findin
     if context.is_client:
         start = "see whether the bus can be reached; it is on another machine"
         command = f"{context.bitten} status"
-    waits = f"{file.events} events of {file.source} wait on disk for {span(file.waiting_s)}"
+    verb = "waits" if file.events == 1 else "wait"
+    waits = f"{events(file.events)} of {file.source} {verb} on disk for {span(file.waiting_s)}"
     if file.owner is not None and file.bytes > FULL * limit:
         return fault(
             f"{waits}: {size(file.bytes)} of {size(limit)}",
@@ -101,6 +107,15 @@ def judge_spool(file: SpoolFile, up_s: float | None, context: Context) -> Findin
         )
     if min(file.waiting_s, up_s) < STALE_S:
         return ok(waits)
+    rights = own_rights(context)
+    if file.owner is not None and rights is not None and not rights.publish:
+        return fault(
+            f"{waits}, though the bus is there",
+            why=f"the key {rights.name} may publish nothing: the bus refuses what {file.owner}"
+            " sends",
+            remedy="let it publish, all (`*`) or the types that it needs",
+            command=let(context, replace(rights, publish=("*",))),
+        )
     if file.owner is None and context.is_client:
         return warning(
             f"{waits}; their process is gone",

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from collector.doctor.context import Context, row, rows
 from collector.doctor.finding import Finding, fault, moment, ok, span, warning
 from collector.doctor.history import DAY_S, History
+from event_bus.words import events
 
 AHEAD_S = 5.0
 STEP_S = 2.0
@@ -104,7 +105,7 @@ def judge_source(
     thousandfold = [t for t, _ in times if abs(t) >= MILLISECONDS_FROM]
     if thousandfold:
         yield fault(
-            f"{source} sends timestamps in milliseconds: {len(thousandfold)} events of late",
+            f"{source} sends timestamps in milliseconds: {events(len(thousandfold))} of late",
             why=f"{thousandfold[-1]:.0f} seconds are far in the future; queries by time miss them",
             remedy="divide by 1000 where it calls the bridge, or leave the timestamp out",
             command=show,
@@ -112,7 +113,7 @@ def judge_source(
     early = [t for t, _ in times if t < FIRST_S]
     if early:
         yield warning(
-            f"{source} sends timestamps before the year 2000: {len(early)} events of late",
+            f"{source} sends timestamps before the year 2000: {events(len(early))} of late",
             why=f"such as {early[-1]:g}; often a clock that is not set, or a 0 for unknown",
             remedy="leave the timestamp out where it calls the bridge, or set that clock",
             command=show,

@@ -73,17 +73,23 @@ def refused(context: Context) -> Iterator[Finding]:
             history.seq_at(context.now - DAY_S),
             MAX_REFUSALS,
         )
-    kinds: dict[tuple[str, str], list[tuple[int, str]]] = {}
-    for event_type, source, count, _, reason in found:
+    kinds: dict[tuple[str, str], list[tuple[int, str, bool]]] = {}
+    for event_type, source, count, rule, reason in found:
         key = (event_type or "events of an unreadable type", source or "an unnamed source")
-        kinds.setdefault(key, []).append((count, reason))
+        kinds.setdefault(key, []).append((count, reason, rule == "rights"))
+    show = f"sqlite3 -readonly {quoted(context.settings.db)} " + shlex.quote(
+        "SELECT reason, raw FROM rejected_events ORDER BY seq DESC LIMIT 5"
+    )
     for (event_type, source), reasons in kinds.items():
+        _, reason, lacks_right = max(reasons)
         yield warning(
-            f"{sum(n for n, _ in reasons)} {event_type} of {source} were refused in the last day",
-            why=f"most often: {max(reasons)[1]}",
-            remedy="mend the call; what was sent is kept in rejected_events",
-            command=f"sqlite3 -readonly {quoted(context.settings.db)} "
-            + shlex.quote("SELECT reason, raw FROM rejected_events ORDER BY seq DESC LIMIT 5"),
+            f"{sum(n for n, *_ in reasons)} {event_type} of {source} were refused in the last day",
+            why=f"most often: {reason}",
+            remedy="give that key the right (`bitten keys allow NAME --publish …`, with all that it"
+            " is to have), or mend the call; what was sent is kept in rejected_events"
+            if lacks_right
+            else "mend the call; what was sent is kept in rejected_events",
+            command=f"{context.bitten} keys list" if lacks_right else show,
         )
     if not kinds:
         yield ok("nothing was refused in the last day")

@@ -22,6 +22,7 @@ from event_bus.keys import is_loopback
 from event_bus.protocol import Client
 from event_bus.settings import Settings
 from event_bus.subscriber import Event, Subscriber
+from event_bus.words import events
 
 FLUSH_S = 5.0
 MAX_WAITING = 20_000
@@ -109,7 +110,7 @@ def emit(
         lost = min(stats["dropped"], len(accepted))
         why = bridge.reasons.get("problem") or stats["last_error"] or "there is no room for them"
         raise StartError(
-            f"{lost} events are lost: {bus}{f' ({problem})' if problem else ''}, and {why}",
+            f"{events(lost, 'are')} lost: {bus}{f' ({problem})' if problem else ''}, and {why}",
             hint=f"make room in {settings.home}, make it writable, or set BITTEN_HOME",
         )
     if not delivered:
@@ -118,7 +119,7 @@ def emit(
             hint = "they are delivered when it does; `bitten doctor` says what to do"
         raise BusUnavailable(
             f"{bus}{f': {problem}' if problem else ''};"
-            f" {len(accepted)} events wait in {settings.spool}",
+            f" {events(len(accepted), 'wait')} in {settings.spool}",
             hint=hint,
         )
     sys.exit(1 if bridge.refusals or refused_by_bus else 0)
@@ -240,17 +241,19 @@ def _short(value: Any) -> str:
 def forget(settings: Settings, consumer: str) -> None:
     """Let go of a durable consumer that will not come back: the journal is not kept for it.
 
-    `bitten status` lists them. What CONSUMER has not fetched by then it may never get.
+    `bitten status` lists them. What CONSUMER has not stored by then, it may
+    never get; how many events that are is said.
 
     \b
     bitten forget my_dashboard
     """
     client = Client(settings)
-    known = client.forget(consumer)
+    lag = client.forget(consumer)
     client.close()
-    if not known:
+    if lag is None:
         raise click.ClickException(f"the bus knows no consumer {printable(consumer)!r}")
-    click.echo(f"{printable(consumer)} is forgotten")
+    missed = f"; it had not stored {events(lag)}" if lag else ""
+    click.echo(f"{printable(consumer)} is forgotten{missed}")
 
 
 def _compare_homes(settings: Settings, answer: dict[str, Any]) -> None:

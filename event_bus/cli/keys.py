@@ -118,6 +118,12 @@ def allow(
     changed = Rights(name, public_key, publish, subscribe)
     _write(settings, allowed | {name: changed})
     click.echo(f"{name} may publish {_list(publish)} and read {_list(subscribe)}")
+    if name != keys.CLIENT and keys.has_bus_key(settings.keys) and keys.CLIENT not in allowed:
+        click.echo(
+            "this home's own processes (key client) are not on the list: `bitten keys new` lets"
+            " them in",
+            err=True,
+        )
 
 
 @keys_group.command()
