@@ -49,7 +49,7 @@ def check_rights(path: Path) -> None:
         file = Path(f"{path}{suffix}")
         if file.exists() and not os.access(file, os.R_OK | os.W_OK):
             raise JournalError(
-                f"cannot open {file}: it may not be read and written",
+                f"cannot open {file}: {os.strerror(errno.EACCES)}",
                 hint="check its owner and rights",
             )
 
