@@ -131,14 +131,19 @@ def _compare(settings: Settings, client: Client | None, *, full: bool, accept: b
     request = client.send(protocol.STATUS) if client else b""  # answered while we read
     with JournalView(settings.journal) as journal:
         dead = {p.token for p in journal.producers() if not _is_alive(p)}
+        told_seq, _ = last_known(settings.home, settings.backup_dir, journal.journal_id)
     spools = read_spools(settings.spool)
     with JournalView(settings.journal) as journal, Reader(settings.db) as reader:
-        status = _answer(client, request) if client and journal.lacks_wal else None
+        # What was told has been read before, so it can only lag.
+        lacks_end = journal.lacks_wal or told_seq > journal.last_seq
+        status = _answer(client, request) if client and lacks_end else None
+        if status and status["journal_id"] != journal.journal_id:
+            status = None  # another home's
         producers = journal.producers()
         try:
             with _one_reading(reader.db):
-                if journal.lacks_wal:
-                    _lose_wal(settings, journal, reader, status)
+                if lacks_end:
+                    _lose_end(settings, journal, reader, status, told_seq)
                 stored_seq = _stored_seq(reader, journal)
                 opening = vouched.last_opening(reader.db)
                 tally = (
@@ -160,7 +165,7 @@ def _compare(settings: Settings, client: Client | None, *, full: bool, accept: b
         status = _answer(client, request)
     if status and status["journal_id"] != journal.journal_id:
         status = None  # another home's
-    if not journal.lacks_wal:  # with it back, there is more to compare
+    if not lacks_end:  # with it back, there is more to compare
         vouched.save(settings.home, opening, journal.journal_id, tally)
     not_to_come = _not_to_come(journal, stored_seq, told)
     waiting = max(0, journal.last_seq - max(stored_seq, journal.first_seq - 1))
@@ -218,17 +223,20 @@ def _compare(settings: Settings, client: Client | None, *, full: bool, accept: b
     )
 
 
-def _lose_wal(
-    settings: Settings, journal: JournalView, reader: Reader, status: dict[str, Any] | None
+def _lose_end(
+    settings: Settings,
+    journal: JournalView,
+    reader: Reader,
+    status: dict[str, Any] | None,
+    told_seq: int,
 ) -> None:
-    """Have the journal count what its -wal held as lost. Raises DatabaseError if a bus has it."""
+    """Have the journal count what it lacks as lost. Raises DatabaseError if a bus has it."""
     if status and status["last_seq"] <= journal.last_seq:
         return  # emptied by the bus itself, at a limit of file sizes
     if status or _home_is_held(settings):
         raise _removed(Path(f"{journal.path}-wal"))
-    told_seq, _ = last_known(settings.home, settings.backup_dir, journal.journal_id)
     stored_seq = reader.last_seq() if _bound(reader) in (None, journal.journal_id) else 0
-    journal.lose_wal(max(told_seq, stored_seq))
+    journal.lose_end(max(told_seq, stored_seq))
 
 
 def _not_to_come(journal: JournalView, stored_seq: int, told: list[Range]) -> list[Range]:

@@ -46,13 +46,13 @@ def find(
     from where the collector adds it, or in the backup.
     """
     ranges = [r for r in ranges if r.events and r.last_seq is not None]
-    lost = merged(
+    missing = [
         # What the journal lost may be stored.
-        (max(r.first_seq, stored_seq + 1) if r.kind == "journal" else r.first_seq, r.last_seq or 0)
+        (r, max(r.first_seq, stored_seq + 1) if r.kind == "journal" else r.first_seq)
         for r in ranges
-        if r.kind != LEFT_OUT
-    )
-    nowhere = merged((r.first_seq, r.last_seq or 0) for r in ranges if r.kind != "differs")
+    ]
+    lost = merged((first, r.last_seq or 0) for r, first in missing if r.kind != LEFT_OUT)
+    nowhere = merged((first, r.last_seq or 0) for r, first in missing if r.kind != "differs")
     here = without([(1, stored_seq)], nowhere)
     ours = journal.journal_id
     in_journal = without([(journal.first_seq, journal.last_seq)], journal.lost())

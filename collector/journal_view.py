@@ -96,11 +96,14 @@ class JournalView:
         with JournalView(self.path) as now:
             return now.last_seq
 
-    def lose_wal(self, known_seq: int) -> None:
-        """Count what the -wal held as lost: as far as the journal is known to have gone, by
+    def lose_end(self, known_seq: int) -> None:
+        """Count what the file lacks as lost: as far as the journal is known to have gone, by
         `known_seq` or by whoever read it, and what nobody knows of."""
         name = self.path.name
-        reason = f"{name}-wal is gone: put it back, or start the bus, which records what is lost"
+        what = f"{name}-wal is gone"
+        if not self.lacks_wal:
+            what += f", or {name} is an older copy"
+        reason = f"{what}: put back what it was, or start the bus, which records what is lost"
         with self._errors():
             (read_seq,) = self._row("SELECT coalesce(max(next_seq), 1) - 1 FROM consumer")
         first, end = self.last_seq + 1, max(self.last_seq, known_seq, read_seq)

@@ -11,13 +11,16 @@ import msgspec
 from collector.ledger import Held, Range, lost_by_journal, tell_apart
 from collector.reader import Reader
 from collector.seqs import Seqs, between, merged, without
-from event_bus.envelope import NATIVE_ID
+from event_bus.envelope import NATIVE_ID, PRODUCER
 
 CHUNK_EVENTS = 100_000
 """Counted in one statement: its sort fits the cache, and a hole is looked for in this many."""
 
 MAX_FAULTS = 1_000
 """Ranges that are remembered. With more of them nothing is vouched for, and all is read again."""
+
+_NUMBERED = "typeof(n) = 'integer'"
+"""A foreign id may end in more digits than SQLite has integers."""
 
 CLOCK_SLACK_S = 3_600.0
 """The clock may have been set by so much while a process ran."""
@@ -80,6 +83,7 @@ class Count:
         self._names = Names(reader.db)
         self._tally = tally
         self._last_seq = last_seq
+        self._refused: dict[str, list[int]] | None = None
 
     def run(self, runs: Iterable[Run], opaque: Iterable[tuple[str, int]]) -> None:
         """Bring the tally up to `last_seq`."""
@@ -100,8 +104,9 @@ class Count:
         for gap in gaps(self._db, low, high):
             self._miss(max(gap.first_seq, low), min(gap.last_seq or high, high))
         found: list[Any] = self._db.execute(
-            "SELECT producer, iif(producer IS NULL, source, NULL) AS source, count(*), min(n),"
-            " max(n), max(seq) FROM _event WHERE seq BETWEEN ? AND ? GROUP BY 1, 2",
+            "SELECT producer, iif(producer IS NULL, source, NULL) AS source, count(*),"
+            f" min(n) FILTER (WHERE {_NUMBERED}), max(n) FILTER (WHERE {_NUMBERED}), max(seq)"
+            " FROM _event WHERE seq BETWEEN ? AND ? GROUP BY 1, 2",
             (low, high),
         ).fetchall()
         if sum(row[2] for row in found) != high - low + 1:
@@ -115,6 +120,10 @@ class Count:
             held = self._tally.holds(token)
             held.stored += events
             held.source = held.source or self._first_source(producer, low, high)
+            if first_n is None or not PRODUCER.fullmatch(token):
+                continue  # a foreign id that looks like a numbered one
+            if first_n <= held.last_n:
+                held.skips.clear()
             is_run = first_n == held.last_n + 1 and last_n - first_n == events - 1
             if not is_run and between(self._tally.unowned, held.last_seq, last_seq):
                 self._skips(producer, token, low, high)
@@ -126,9 +135,12 @@ class Count:
         held = self._tally.holds(token)
         last_n, last_seq = held.last_n, held.last_seq
         for n, seq in self._db.execute(
-            "SELECT n, seq FROM _event WHERE seq BETWEEN ? AND ? AND producer = ? ORDER BY seq",
+            "SELECT n, seq FROM _event WHERE seq BETWEEN ? AND ? AND producer = ?"
+            f" AND {_NUMBERED} ORDER BY seq",
             (low, high, producer),
         ):
+            if n <= last_n:  # it comes late, so that order tells nothing of those before
+                held.skips.clear()
             last_seq = last_seq or self._seq_before(token, seq)
             if n > last_n + 1 and between(self._tally.unowned, last_seq, seq):
                 numbers = n - last_n - 1 - self._rejected(token, last_n + 1, n - 1)
@@ -151,13 +163,14 @@ class Count:
 
     def _rejected(self, token: str, first_n: int, last_n: int) -> int:
         """How many of these numbers the bus refused."""
-        if not self._has("_rows_rejected_events", "event_id", "raw_bytes"):
-            return 0
-        ids = self._db.execute(
-            "SELECT DISTINCT event_id FROM _rows_rejected_events WHERE event_id GLOB ?",
-            (f"{token}-*",),
-        )
-        return sum(first_n <= _split(event_id)[1] <= last_n for (event_id,) in ids)
+        if self._refused is None:
+            self._refused = {}
+            if self._has("_rows_rejected_events", "event_id", "raw_bytes"):
+                sql = "SELECT DISTINCT event_id FROM _rows_rejected_events"
+                for (event_id,) in self._db.execute(sql):
+                    refused, n = _split(event_id)
+                    self._refused.setdefault(refused, []).append(n)
+        return sum(first_n <= n <= last_n for n in self._refused.get(token, ()))
 
     def _first_source(self, producer: int, low: int, high: int) -> str:
         row: Any = self._db.execute(

@@ -116,7 +116,8 @@ def find_problems(facts: Facts) -> list[Problem]:
                 f"lost to the journal, {loss.what}: {loss.reason}",
                 f"see whether the database has them (`bitten audit`); {loss.file} is what is left"
                 if loss.file
-                else "stop bus and collector, and bring back a backup with `bitten restore`",
+                else "stop bus and collector, and bring back a backup with `bitten restore`; if"
+                " they were removed on purpose, remove last_seq.json and audit.json too",
                 loss.found_at,
             )
     if facts.recovered:

@@ -97,6 +97,9 @@ class Journal(JournalFile):
 
     def note_end(self) -> None:
         """From now on tell beside the file how far it has come."""
+        if self._end_note is not None:
+            self._end_note.close()
+            self._end_note = None
         try:
             self._end_note = EndNote(self.path.parent, self.journal_id, self.last_seq)
         except OSError as e:

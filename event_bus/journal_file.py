@@ -261,6 +261,14 @@ class JournalFile:
             if not isinstance(error, JournalFull):  # what is committed is in the WAL
                 raise error from e
 
+    def checkpoint(self) -> None:
+        """Have what is committed in the file itself, unless a reader is in the way. Raises
+        JournalError."""
+        try:
+            self._checkpoint("FULL")
+        except apsw.Error as e:
+            raise self._write_error(e) from e
+
     def _checkpoint(self, mode: str) -> None:
         """Write and sync what is committed; readers may keep it from doing all of it.
 

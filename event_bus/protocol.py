@@ -188,7 +188,7 @@ class Client:
         stored, None if it was not there."""
         frames = self.receive(self.send(FORGET, consumer.encode()), timeout_s)
         answer = msgspec.json.decode(frames[0])
-        return int(answer["lag"]) if answer["known"] else None
+        return int(answer.get("lag", 0)) if answer["known"] else None
 
     def close(self) -> None:
         if not self.socket.closed:

@@ -134,6 +134,7 @@ def put_back(journal: Journal, clock: Callable[[], float]) -> None:
             raise
         _seal(new, journal.path)
         journal.reopen(lambda: _finish(journal.path, _aside(journal.path, "replaced", clock)))
+        journal.note_end()
     except OSError as e:
         raise JournalFailed(f"cannot put {journal.path} back: {e.strerror}") from e
 
@@ -191,9 +192,9 @@ def _go_on_after_what_was_read(
     """A sound journal may end too early: its -wal is gone, or it is an older copy."""
     last_stored, stored_id = _last_stored(db)
     read = [next_seq - 1 for next_seq, _ in journal.consumers().values()]
+    read.append(_told(journal.path, backup_dir, journal.journal_id)[0])
     if stored_id in (None, journal.journal_id):  # else another bus's; the collector says so
-        told, _ = _told(journal.path, backup_dir, journal.journal_id)
-        read += [last_stored, told]
+        read.append(last_stored)
     end = max([journal.last_seq, *read])
     if end <= journal.last_seq and not journal.lacks_wal:
         return
@@ -212,6 +213,7 @@ def _go_on_after_what_was_read(
         log.error("%s: %s", journal.path, loss)
     # At once: with the first of them alone, the next start would find nothing amiss.
     journal.record_loss(*losses)
+    journal.checkpoint()  # a -wal may go again
 
 
 def _lost_tail(last_seq: int, end: int, reason: str) -> list[tuple[int, int, str]]:

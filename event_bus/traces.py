@@ -20,11 +20,16 @@ class EndNote:
     """
 
     def __init__(self, home: Path, journal_id: str, last_seq: int) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        self._fd = os.open(home / END, flags, 0o600)
         head = b'{"journal_id":"%s","journal":{"last_seq":' % journal_id.encode()
         self._at = len(head)
-        os.pwrite(self._fd, head + b"%20d}}\n" % last_seq, 0)
+        new = home / f"{END}.new"  # the note before it stays until this one is there
+        self._fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.pwrite(self._fd, head + b"%20d}}\n" % last_seq, 0)
+            new.replace(home / END)
+        except OSError:
+            self.close()
+            raise
 
     def write(self, last_seq: int) -> None:
         with contextlib.suppress(OSError):

@@ -1,11 +1,9 @@
 """Words for people."""
 
-_IRREGULAR = {"are": "is", "have": "has"}
-
 
 def events(count: int, verb: str = "") -> str:
     """`1 event waits`, `2 events wait`; `verb` is as of many."""
     noun = f"{count} event" if count == 1 else f"{count} events"
     if verb and count == 1:
-        verb = _IRREGULAR.get(verb, f"{verb}s")
+        verb = "is" if verb == "are" else f"{verb}s"
     return f"{noun} {verb}".rstrip()

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from conftest import System, wait_until
+from doctors import only
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -883,7 +887,7 @@ def test_events_of_a_wal_that_is_gone_are_not_called_none_before_the_bus_starts(
         done = rested.bitten("audit")
         assert done.returncode == 1
         assert done.stdout.splitlines()[-1] == verdict
-        assert "journal.db-wal is gone: put it back, or start the bus" in done.stdout
+        assert "journal.db-wal is gone: put back what it was, or start the bus" in done.stdout
     shutil.copy(kept, wal)
     ledger = balanced(audit(rested.settings))
     assert (ledger.verdict, ledger.unstored >= 5) == ("0 lost", True)
@@ -1008,3 +1012,102 @@ def test_step_by_step_counts_the_same_as_all_at_once(
                 assert anew.lost >= missing - deleted
     finally:
         books.close()
+
+
+def test_what_a_journal_lacks_is_missed_before_the_start_though_the_file_does_not_say_so(
+    system: System,
+) -> None:
+    bus = system.start_bus()
+    collector = system.start_collector()
+    assert system.script(EMIT, "5", "flush").returncode == 0
+    stored = system.wait_stored()
+    stop(collector)
+    stop(bus)
+    with closing(sqlite3.connect(f"file:{system.settings.journal}?mode=ro", uri=True)) as reader:
+        rows = reader.execute("SELECT * FROM meta")
+        rows.fetchone()  # the next start can copy nothing of the -wal into the file
+        bus = system.start_bus()
+        assert system.script(EMIT, "20", "flush").returncode == 0
+        bus.kill()
+        bus.wait()
+        rows.close()
+    wal_of(system).unlink()
+    told = json.loads((system.home / END).read_text())["journal"]["last_seq"]
+    assert f"after seq {told}," in only(system, "journal").remedy
+    for _ in range(2):
+        ledger = balanced(audit(system.settings))
+        assert (ledger.lost, ledger.news) == (told - stored, True)
+
+
+def test_bus_of_another_home_says_nothing_of_a_journal_whose_wal_is_gone(
+    rested: System, tmp_path: Path
+) -> None:
+    bus = rested.start_bus()
+    assert rested.script(EMIT, "5", "flush").returncode == 0
+    bus.kill()
+    bus.wait()
+    wal_of(rested).unlink()
+    other = System(tmp_path / "other")
+    for name in ("BITTEN_EVENTS_URL", "BITTEN_INGRESS_URL"):
+        other.environ[name] = rested.environ[name]
+    other.start_bus()
+    (rested.home / "bus.lock").write_text(f"{os.getpid()}\n")  # a pid that is another's by now
+    try:
+        assert balanced(audit(rested.settings)).lost >= 5
+    finally:
+        other.close()
+
+
+FOREIGN_IDS = (
+    "strategy-eurusd-m15a-1769860800000000000",
+    "strategy-eurusd-m15a-9999999999999999999999",
+    f"{TOKEN}-1769860800000000000",
+    "order-bot-eurusd-m15-500",
+)
+
+
+@pytest.mark.parametrize("event_id", FOREIGN_IDS)
+def test_foreign_id_that_looks_like_a_numbered_one_is_counted(books: Books, event_id: str) -> None:
+    take(books, TOKEN, 1, 2)
+    books.collect()
+    take(books, OTHER, 1, 3)
+    books.trim(6)
+    event = Envelope(
+        event_id=event_id, event_type="user_action", timestamp=1.5, source="x", data={"action": "a"}
+    )
+    books.intake.take(envelope.encode_lines([event]))
+    books.intake.commit()
+    books.collect()
+    assert books.audit().lost == 3
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_numbers_that_come_late_hide_no_loss_of_their_process(books: Books, full: bool) -> None:
+    take(books, TOKEN, 1, 2)
+    books.collect()
+    books.intake.take(lines("", 1, 5))
+    books.intake.commit()
+    books.trim(8)
+    take(books, TOKEN, 6, 7)
+    take(books, TOKEN, 3, 5)
+    books.collect()
+    assert books.audit(accept=True).lost == 5
+    take(books, TOKEN, 11, 12)
+    books.collect()
+    ledger = books.audit(full=full)
+    assert (ledger.lost, ledger.news) == (8, True)
+
+
+def test_backup_is_not_advised_where_it_gives_up_what_the_journal_lost_and_the_database_has(
+    books: Books,
+) -> None:
+    take(books, TOKEN, 1, 5)
+    books.collect()
+    make_backup(books.settings)
+    take(books, TOKEN, 6, 9)
+    books.collect()
+    take(books, TOKEN, 10, 12)
+    books.journal.record_loss(LostRange(6, 12, 1_000.0, "CRC-32 is wrong", "journal.db"))
+    books.execute("DELETE FROM _event WHERE seq = 2")
+    (found,) = books.audit().in_backups
+    assert (found.seqs, found.restores) == ([(2, 2)], False)

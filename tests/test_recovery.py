@@ -8,6 +8,7 @@ import random
 import shutil
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -891,3 +892,64 @@ def test_what_an_open_reader_keeps_in_the_wal_alone_is_missed_when_that_is_remov
     assert lost[0][1] == last
     assert last - 101 <= lost[0][0] <= last - 99  # a health event is among them
     assert system.sql("SELECT count(*) FROM events WHERE event_type = 'market_data'") == [(10,)]
+
+
+def test_wal_that_goes_twice_costs_no_more_than_what_was_in_it(system: System) -> None:
+    bus = system.start_bus()
+    assert system.script(PUBLISH, "100").returncode == 0
+    ends = []
+    for _ in range(2):
+        bus.kill()
+        bus.wait()
+        ends.append(noted(system))
+        Path(f"{system.settings.journal}-wal").unlink()
+        bus = system.start_bus()
+        assert system.script(PUBLISH, "10").returncode == 0
+    system.start_collector()
+    system.wait_stored()
+    ledger = audit(system.settings)
+    assert (ledger.lost, ledger.left_out) == (ends[1] - SPARE_SEQS, 2 * SPARE_SEQS)
+
+
+def test_note_of_the_end_counts_though_the_database_is_bound_to_another_journal(
+    home: Path, path: Path
+) -> None:
+    journal = Journal(path)
+    fill(journal, 3, random.Random(1))
+    journal_id = journal.journal_id
+    journal.close()
+    events_database(home, 5)
+    with closing(sqlite3.connect(home / "bitten_events.db")) as db:
+        db.execute("INSERT INTO _meta VALUES ('journal_id', 'feedfeedfeedfeed')")
+        db.commit()
+    note = {"journal_id": journal_id, "journal": {"last_seq": 100}}
+    (home / END).write_bytes(msgspec.json.encode(note))
+    journal = open_journal(
+        path, home / "bitten_events.db", lambda: 1_769_860_800.0, backup_dir=home / "backup"
+    )
+    assert journal.last_seq == 100 + SPARE_SEQS
+    journal.close()
+
+
+def test_note_of_the_end_is_there_again_with_the_journal(bus: System) -> None:
+    assert bus.script(PUBLISH, "10").returncode == 0
+    bus.home.rename(bus.home.with_name("away"))
+    wait_until((bus.home / END).exists, "the note is there again")
+    assert bus.script(PUBLISH, "10").returncode == 0
+    assert noted(bus) >= 20
+
+
+@pytest.mark.parametrize("there", ["a directory", "a link", "garbage"])
+def test_note_that_is_none_stops_no_bus(system: System, there: str) -> None:
+    system.settings.make_home()
+    note = system.home / END
+    if there == "a directory":
+        note.mkdir()
+    elif there == "a link":
+        note.symlink_to(system.home / "elsewhere")
+    else:
+        note.write_text("x")
+    system.start_bus()
+    assert system.script(PUBLISH, "10").returncode == 0
+    if there != "a directory":
+        assert noted(system) >= 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from typing import Literal
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from collector.consumer import CONSUMER
 from collector.doctor import files, missing
 from collector.doctor.context import Context, quoted, row
 from collector.doctor.finding import CannotTell, Finding, fault, moment, ok, span, warning
@@ -35,7 +37,7 @@ from event_bus.settings import Settings
 from event_bus.version import __version__
 
 PUT_RIGHT = {"journal_put_back"}
-"""Codes of what is over and has cost no event; so is a problem of a consumer that says so."""
+"""Codes of what is over and has cost no event; so is a problem of the collector that says so."""
 
 TOLD_ELSEWHERE = {"consumer_stalled", "journal_held", "schema_problem"}
 """Codes of what the checks `lag` and `schemas` see for themselves."""
@@ -136,6 +138,8 @@ def _untold(context: Context) -> Finding:
 def refusal(context: Context) -> BittenError | None:
     """What a start would end with, by the bus's own checks."""
     settings = context.settings
+    if settings.home.exists() and settings.home.stat().st_uid != os.geteuid():
+        return None  # what its owner may do is not to be seen from here
     try:
         if settings.home.exists():
             settings.check_home()
@@ -303,7 +307,10 @@ def problems(context: Context) -> Iterator[Finding]:
     """What the bus itself says is wrong."""
     found = [p for p in context.bus()["problems"] if p["code"] not in TOLD_ELSEWHERE]
     for problem in found:
-        put_right = problem["code"] in PUT_RIGHT or NOTHING_LOST in problem["message"]
+        put_right = problem["code"] in PUT_RIGHT or (
+            problem["message"].startswith(f"consumer {CONSUMER}: ")
+            and NOTHING_LOST in problem["message"]
+        )
         yield (warning if put_right else fault)(
             f"the bus says {problem['code']}: {problem['message']}",
             why=f"since {moment(problem['since'])}",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import apsw
 
-from collector.doctor.context import Context, quoted, row
+from collector.doctor.context import Context, quoted, row, rows
 from collector.doctor.finding import CannotTell, Finding, fault, ok, size
 from collector.doctor.processes import lock_owner
 from collector.layout import LAST_SEQ, check_version, is_blank
@@ -19,6 +20,11 @@ from event_bus.journal_format import WAL_HOLDS_MORE, is_intact
 from event_bus.recovery import SPARE_SEQS
 from event_bus.traces import last_known
 
+_JOURNAL_ENDS = (
+    "SELECT max(first_seq + count - 1) FROM batch",
+    "SELECT max(last_seq) FROM lost_range",
+    "SELECT value FROM meta WHERE key = 'trimmed_seq'",
+)
 _BATCH = "SELECT first_seq, count, received_at, crc32, body FROM batch ORDER BY first_seq"
 
 
@@ -264,33 +270,39 @@ def lacks_wal(context: Context) -> bool:
     settings = context.settings
     if context.status is not None or has_wal(settings.journal):
         return False
-    if lock_owner(settings.home / "bus.lock") is not None:
-        return False
     try:
         with context.reading(settings.journal) as db:
-            found = row(db, "SELECT value FROM meta WHERE key = ?", WAL_HOLDS_MORE)
+            meta = dict(rows(db, "SELECT key, value FROM meta"))
+            ends = [row(db, sql)[0] or 0 for sql in _JOURNAL_ENDS]
     except CannotTell:
         return False
-    return bool(found == (1,))
+    told_seq, _ = last_known(settings.home, settings.backup_dir, meta.get("journal_id"))
+    is_short = meta.get(WAL_HOLDS_MORE) == 1 or told_seq > max(ends)
+    # Last, for a bus may have been started meanwhile.
+    return is_short and lock_owner(settings.home / "bus.lock") is None
 
 
 def _without_wal(context: Context) -> Finding:
     settings = context.settings
     wal = f"{settings.journal}-wal"
-    known = [last_known(settings.home, settings.backup_dir)[0]]
-    for path, sql in (
-        (settings.db, LAST_SEQ),
-        (settings.journal, "SELECT max(first_seq + count - 1) FROM batch"),
-        (settings.journal, "SELECT max(next_seq) - 1 FROM consumer"),
-        (settings.journal, "SELECT value FROM meta WHERE key = 'trimmed_seq'"),
-    ):
-        with contextlib.suppress(CannotTell), context.reading(path) as db:
-            known.append(row(db, sql)[0] or 0)
+    known = []
+    meta: dict[str, Any] = {}
+    with contextlib.suppress(CannotTell), context.reading(settings.journal) as db:
+        meta = dict(rows(db, "SELECT key, value FROM meta"))
+        known = [row(db, sql)[0] or 0 for sql in _JOURNAL_ENDS]
+        known.append(row(db, "SELECT max(next_seq) - 1 FROM consumer")[0] or 0)
+    journal_id = meta.get("journal_id")
+    known.append(last_known(settings.home, settings.backup_dir, journal_id)[0])
+    with contextlib.suppress(CannotTell), context.reading(settings.db) as db:
+        bound = row(db, "SELECT value FROM _meta WHERE key = 'journal_id'")
+        if bound is None or bound[0] == journal_id:
+            known.append(row(db, LAST_SEQ)[0] or 0)
+    older = "" if meta.get(WAL_HOLDS_MORE) == 1 else ", or it is an older copy"
     return fault(
-        "the journal's -wal is gone, and with it what was committed last",
-        why="journal.db says that it is not all there is: the -wal was removed or emptied while the"
-        " bus had it open or was killed",
-        remedy=f"put {wal} back if you have it, before the bus is started. Without it a start goes"
+        f"the journal's -wal is gone, and with it what was committed last{older}",
+        why="journal.db, or last_seq.json beside it, says that it is not all there is: the -wal was"
+        " removed or emptied while the bus had it open or was killed",
+        remedy=f"put {wal}{' or the newer journal.db' if older else ''} back if you have it, before the bus is started. Without it a start goes"
         f" on after seq {max(known)}, the last one known, leaves {SPARE_SEQS} numbers out and names"
         " what is lost; what the database has is safe",
         command=f"ls -la {quoted(settings.home)}",
