@@ -132,7 +132,13 @@ def _compare(settings: Settings, client: Client | None, *, full: bool, accept: b
     with JournalView(settings.journal) as journal:
         dead = {p.token for p in journal.producers() if not _is_alive(p)}
         told_seq, _ = last_known(settings.home, settings.backup_dir, journal.journal_id)
-    spools = read_spools(settings.spool)
+    try:
+        spools = read_spools(settings.spool)
+    except OSError as e:
+        raise DatabaseError(
+            f"cannot read {e.filename or settings.spool}, where events may wait: {e.strerror}",
+            hint="run it as the owner of the home, or give the rights back",
+        ) from e
     with JournalView(settings.journal) as journal, Reader(settings.db) as reader:
         # What was told has been read before, so it can only lag.
         lacks_end = journal.lacks_wal or told_seq > journal.last_seq

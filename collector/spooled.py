@@ -3,6 +3,8 @@ processes that could not write theirs say that they lost."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from pathlib import Path
 
@@ -73,8 +75,11 @@ class Spooled:
 
 
 def read_spools(directory: Path) -> dict[str, Spooled]:
-    """Process token to what it left. Files that vanish meanwhile were delivered."""
+    """Process token to what it left. Files that vanish meanwhile were delivered. Raises OSError if
+    the directory may not be read."""
     found: dict[str, Spooled] = {}
+    with contextlib.suppress(FileNotFoundError):
+        os.scandir(directory).close()  # `glob` finds nothing where it may not look
     for path in directory.glob("*.ndjson"):
         try:
             found[path.stem] = _read(path)

@@ -20,11 +20,22 @@ def connect(
 ) -> apsw.Connection:
     """A connection to an existing file. Raises apsw.Error.
 
-    `busy_timeout_ms` is how long a statement waits for another connection's lock.
+    `busy_timeout_ms` is how long a statement waits for another connection's lock. A file that was
+    cut to nothing is none while its -wal has something: SQLite would delete that, also to read.
     """
+    if _has(path) == 0 and _has(Path(f"{path}-wal")):
+        raise apsw.NotADBError("it has 0 bytes, and its -wal has more: it was cut")
     db = apsw.Connection(str(path), flags=flags)
     db.set_busy_timeout(busy_timeout_ms)
     return db
+
+
+def _has(path: Path) -> int | None:
+    """Bytes; None if there is no such file."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 def reading_hint(error: Exception) -> str:

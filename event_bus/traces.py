@@ -67,6 +67,8 @@ def last_known(home: Path, backup_dir: Path, journal_id: str | None = None) -> t
 
 
 def _last_seq(file: Path, home: Path, journal_id: str | None) -> int:
+    if not file.is_file():  # a pipe would never end
+        return 0
     try:
         trace = msgspec.json.decode(file.read_bytes(), type=_Trace)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):

@@ -10,6 +10,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -1111,3 +1112,34 @@ def test_backup_is_not_advised_where_it_gives_up_what_the_journal_lost_and_the_d
     books.execute("DELETE FROM _event WHERE seq = 2")
     (found,) = books.audit().in_backups
     assert (found.seqs, found.restores) == ([(2, 2)], False)
+
+
+AUDIT_AS_ANOTHER = """
+import os, sys
+from collector.audit import audit
+from event_bus.errors import DatabaseError
+from event_bus.settings import Settings
+os.setuid(65534)
+try:
+    print(audit(Settings.load()).verdict)
+except DatabaseError as e:
+    print(e)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
+def test_spool_that_may_not_be_read_is_no_empty_one() -> None:
+    with tempfile.TemporaryDirectory() as directory:  # pytest's own are root's alone
+        Path(directory).chmod(0o755)
+        with closing(System(Path(directory) / "home")) as system:
+            daemons = [system.start_bus(), system.start_collector()]
+            assert system.script(EMIT, "5", "flush").returncode == 0
+            system.wait_stored()
+            stop(*daemons)
+            for path in [system.home, *system.home.iterdir()]:
+                os.chown(path, 65_534, 65_534)
+            done = system.script(AUDIT_AS_ANOTHER)
+            assert done.stdout.strip() == "0 lost", done.stderr
+            system.settings.spool.chmod(0)
+            done = system.script(AUDIT_AS_ANOTHER)
+            assert f"cannot read {system.settings.spool}, where events may wait" in done.stdout

@@ -939,7 +939,7 @@ def test_note_of_the_end_is_there_again_with_the_journal(bus: System) -> None:
     assert noted(bus) >= 20
 
 
-@pytest.mark.parametrize("there", ["a directory", "a link", "garbage"])
+@pytest.mark.parametrize("there", ["a directory", "a link", "a pipe", "garbage"])
 def test_note_that_is_none_stops_no_bus(system: System, there: str) -> None:
     system.settings.make_home()
     note = system.home / END
@@ -947,9 +947,36 @@ def test_note_that_is_none_stops_no_bus(system: System, there: str) -> None:
         note.mkdir()
     elif there == "a link":
         note.symlink_to(system.home / "elsewhere")
+    elif there == "a pipe":
+        os.mkfifo(note)
     else:
         note.write_text("x")
     system.start_bus()
     assert system.script(PUBLISH, "10").returncode == 0
     if there != "a directory":
         assert noted(system) >= 10
+
+
+@pytest.mark.parametrize("asked", ["audit", "doctor", "backup"])
+@pytest.mark.parametrize("cut", ["journal", "db"])
+def test_who_asks_about_a_file_that_was_cut_to_nothing_destroys_nothing(
+    system: System, cut: str, asked: str
+) -> None:
+    bus = system.start_bus()
+    collector = system.start_collector()
+    assert system.script(PUBLISH, "50").returncode == 0
+    system.wait_stored()
+    for process in (bus, collector):
+        process.kill()
+        process.wait()
+    path = getattr(system.settings, cut)
+    os.truncate(path, 0)
+    size = Path(f"{path}-wal").stat().st_size
+    assert size > 0
+    assert system.bitten(asked).returncode != 0
+    assert Path(f"{path}-wal").stat().st_size == size
+    system.start_bus()
+    system.start_collector()
+    system.wait_stored()
+    assert system.sql("SELECT count(*) FROM events WHERE event_type = 'market_data'") == [(50,)]
+    assert audit(system.settings).lost == 0

@@ -148,10 +148,10 @@ def _missing(context: Context) -> Iterator[Finding]:
             command=f"{context.bitten} restore --only database",
         )
     else:
+        whole = "" if lacks_wal(context) else "; nothing is lost: the journal has all events"
         yield fault(
             f"there is no database at {path}",
-            why="the collector never ran with these settings, or the file was removed; nothing is"
-            " lost: the journal has all events",
+            why=f"the collector never ran with these settings, or the file was removed{whole}",
             remedy="start the collector: it fills a new one from the journal",
             command=f"{context.bitten} collect",
         )
@@ -297,13 +297,14 @@ def _without_wal(context: Context) -> Finding:
         bound = row(db, "SELECT value FROM _meta WHERE key = 'journal_id'")
         if bound is None or bound[0] == journal_id:
             known.append(row(db, LAST_SEQ)[0] or 0)
+    back = wal if meta.get(WAL_HOLDS_MORE) == 1 else f"{wal} or the newer journal.db"
     older = "" if meta.get(WAL_HOLDS_MORE) == 1 else ", or it is an older copy"
     return fault(
         f"the journal's -wal is gone, and with it what was committed last{older}",
         why="journal.db, or last_seq.json beside it, says that it is not all there is: the -wal was"
         " removed or emptied while the bus had it open or was killed",
-        remedy=f"put {wal}{' or the newer journal.db' if older else ''} back if you have it, before the bus is started. Without it a start goes"
+        remedy=f"put {back} back if you have it, before the bus is started. Without it a start goes"
         f" on after seq {max(known)}, the last one known, leaves {SPARE_SEQS} numbers out and names"
-        " what is lost; what the database has is safe",
+        " what is lost; what a database has of it is safe",
         command=f"ls -la {quoted(settings.home)}",
     )
