@@ -26,9 +26,10 @@ from collector.reader import Reader
 from collector.seqs import Seqs, count, merged, without
 from collector.spooled import Spooled, read_spools
 from collector.tally import Count, Tally, gaps, journal_losses
-from collector.wal import file_locks, wal_bytes
+from collector.wal import file_locks
 from event_bus import database, protocol
 from event_bus.errors import BusUnavailable, DatabaseError, JournalError
+from event_bus.journal_file import has_wal
 from event_bus.protocol import Client
 from event_bus.settings import Settings
 from event_bus.traces import last_known
@@ -95,7 +96,7 @@ def audit(settings: Settings, *, full: bool = False, accept: bool = False) -> Le
     try:
         return _compare(settings, client, full=full, accept=accept)
     except JournalError as e:
-        if client is not None and wal_bytes(settings.journal) == 0:
+        if client is not None and not has_wal(settings.journal):
             raise _removed(Path(f"{settings.journal}-wal")) from e
         raise
     finally:

@@ -13,9 +13,9 @@ import msgspec
 from collector import ledger
 from collector.ledger import Range, Report, Span
 from collector.seqs import Seqs, merged
-from collector.wal import wal_bytes
 from event_bus import database
 from event_bus.errors import JournalError
+from event_bus.journal_file import has_wal
 from event_bus.journal_format import WAL_HOLDS_MORE
 
 
@@ -38,7 +38,7 @@ class JournalView:
                 meta = dict(self._db.execute("SELECT key, value FROM meta"))
                 self.journal_id: str = meta["journal_id"]
                 self.origin_seq: int = meta.get("origin_seq", 1)
-                self.lacks_wal = meta.get(WAL_HOLDS_MORE) == 1 and wal_bytes(path) == 0
+                self.lacks_wal = meta.get(WAL_HOLDS_MORE) == 1 and not has_wal(path)
                 """What was committed last is gone, or will be when the bus starts."""
                 trimmed: int = meta["trimmed_seq"]
                 first, last = self._row("SELECT min(first_seq), max(first_seq) FROM batch")

@@ -70,6 +70,7 @@ class Fetches:
         return min((w.deadline for w in self._waiting.values()), default=math.inf)
 
     def take(self, route: list[bytes], body: bytes, key: str, rights: Rights) -> None:
+        """Answer a fetch, or have it wait for its first event."""
         try:
             request = _decode_fetch(body)
         except (msgspec.DecodeError, UnicodeDecodeError) as e:
@@ -133,6 +134,7 @@ class Fetches:
             self._waiting[tuple(route)] = waiting
 
     def serve_waiting(self) -> None:
+        """Answer those whose event has come, or whose time is over."""
         if not self._waiting:
             return
         now = self._monotonic()

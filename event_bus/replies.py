@@ -23,19 +23,22 @@ class Replies:
         self._zap = zap
 
     def send(self, route: list[bytes], verb: bytes, *frames: bytes) -> None:
+        """Never waits."""
         *peer, request_id = route
-        # Never waits: what a peer that does not read leaves beyond the high-water mark is dropped.
+        # What a peer that does not read leaves beyond the high-water mark is dropped.
         self._socket.send_multipart([*peer, verb, request_id, *frames], zmq.NOBLOCK)
 
     def fail(
         self, route: list[bytes], code: str, message: str, first_seq: int | None = None
     ) -> None:
+        """Answer with an error; docs/protocol.md lists the codes. `first_seq` is where to go on."""
         error = ErrorReply(code=code, message=message, first_seq=first_seq)
         self.send(route, protocol.ERROR, _encode(error))
 
     def forbid(
         self, route: list[bytes], key: str, message: str, *, publishes: bool = False
     ) -> None:
+        """Answer that a key lacks a right, and have it counted; `publishes` if its events wait."""
         if self._zap is not None:
             self._zap.door.forbid(key, message, publishes=publishes)
         self.fail(route, "forbidden", message)

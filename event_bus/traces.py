@@ -32,6 +32,7 @@ class EndNote:
             raise
 
     def write(self, last_seq: int) -> None:
+        """Note a commit, before anybody hears of it."""
         with contextlib.suppress(OSError):
             os.pwrite(self._fd, b"%20d" % last_seq, self._at)
 
