@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import signal
-import socket
-import sqlite3
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import against
 import mix
-import psutil
+from running import bench, percentile
 
 from collector.store import Store
 from event_bus import envelope
@@ -28,88 +21,8 @@ from event_bus.envelope import Envelope
 from event_bus.event_schema import Registry
 from event_bus.subscriber import Batch
 
-HERE = Path(__file__).parent
 BATCH = 4_000
 BACK_TO_BACK = 1e9
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-class Bench:
-    """A temporary home with bus and collector running, and what they cost."""
-
-    def __init__(self, home: Path, *, daemons: Sequence[str] = ("bus", "collect")) -> None:
-        self.home = home
-        self.db = home / "bitten_events.db"
-        self.environ = {
-            **os.environ,
-            "BITTEN_HOME": str(home),
-            "BITTEN_EVENTS_URL": f"tcp://127.0.0.1:{free_port()}",
-            "BITTEN_INGRESS_URL": f"tcp://127.0.0.1:{free_port()}",
-        }
-        self.daemons = {
-            name: psutil.Popen(
-                [sys.executable, "-m", "event_bus", name],
-                env=self.environ,
-                stderr=subprocess.DEVNULL,
-            )
-            for name in daemons
-        }
-
-    def start(self, script: str, *argv: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, str(HERE / script), *argv],
-            env=self.environ,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def publish(self, *argv: str) -> dict[str, Any]:
-        process = self.start("publisher.py", *argv)
-        result: dict[str, Any] = json.loads(process.communicate()[0])
-        return result
-
-    def wait_stored(self, count: int, timeout_s: float = 120.0) -> float:
-        """Unix seconds at which the database held that many events."""
-        deadline = time.time() + timeout_s
-        while True:
-            now = time.time()
-            if self.stored() >= count:
-                return now
-            if now > deadline:
-                raise SystemExit(f"only {self.stored()} of {count} events were stored")
-            time.sleep(0.002)
-
-    def stored(self) -> int:
-        try:
-            db = sqlite3.connect(f"file:{self.db}?mode=ro", uri=True)
-            with contextlib.closing(db):
-                return int(db.execute("SELECT coalesce(max(seq), 0) FROM _event").fetchone()[0])
-        except sqlite3.OperationalError:
-            return 0  # not made yet
-
-    def close(self) -> None:
-        for process in self.daemons.values():
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-        for process in self.daemons.values():
-            process.wait(20)
-
-
-@contextlib.contextmanager
-def bench(*, daemons: Sequence[str] = ("bus", "collect")) -> Iterator[Bench]:
-    with tempfile.TemporaryDirectory(prefix="bitten-bench-") as directory:
-        made = Bench(Path(directory), daemons=daemons)
-        try:
-            if "collect" in daemons:
-                made.wait_stored(1)  # the bus's own first event
-            yield made
-        finally:
-            made.close()
 
 
 def end_to_end(count: int) -> dict[str, float]:
@@ -187,10 +100,6 @@ def idle(seconds: float) -> dict[str, float]:
             p.cpu_percent()
         time.sleep(seconds)
         return {name: p.cpu_percent() for name, p in b.daemons.items()}
-
-
-def percentile(ordered: Sequence[float], p: float) -> float:
-    return ordered[min(len(ordered) - 1, int(len(ordered) * p / 100))]
 
 
 def main() -> None:
