@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 
@@ -41,6 +42,9 @@ def bus(settings: Settings) -> None:
         broker.journal.last_seq,
     )
     notify_ready()
+    # Events hold no cycles; looking for some took as long as decoding them (`scripts/bench`).
+    gc.freeze()
+    gc.set_threshold(100_000)
     broker.run()
     log.info("stopped at seq %d", broker.journal.last_seq)
 
