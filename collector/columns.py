@@ -42,7 +42,10 @@ def _columns(
         name = c.name
         values = [data.get(name) for data in datas]
         present += len(values) - values.count(None)
-        stored, fits = _STORE[c.kind](values, names)
+        if c.kind == "decimal":
+            stored, fits = _decimal(values, 10.0**c.digits)
+        else:
+            stored, fits = _STORE[c.kind](values, names)
         exact = exact and fits
         columns.append(stored)
     return columns, exact and present == sum(map(len, datas))
@@ -58,7 +61,7 @@ def _text(values: list[Any], names: Names) -> Stored:
 def _name(values: list[Any], names: Names) -> Stored:
     values, fits = _text(values, names)
     if not fits:
-        values = [v if v is None or isinstance(v, str) else _json(v) for v in values]
+        values = [None if v is None else _text_of(v) for v in values]
     return [names[v] for v in values], fits
 
 
@@ -68,6 +71,27 @@ def _number(values: list[Any], names: Names) -> Stored:
         return [_shown(v) for v in values], False
     floats = values if kinds == {float} else [v for v in values if type(v) is float]
     return values, not floats or _print_exactly(floats)
+
+
+def _decimal(values: list[Any], scale: float) -> Stored:
+    if set(map(type, values)) == {float} and min(values) > 0 and max(values) * scale < _MAX_SCALED:
+        scaled = list(map(round, [v * scale for v in values]))
+        if [n / scale for n in scaled] == values:  # division rounds as reading a decimal does
+            return scaled, True
+    stored = [_one_decimal(v, scale) for v in values]
+    return [value for value, _ in stored], all(fits for _, fits in stored)
+
+
+def _one_decimal(value: Any, scale: float) -> tuple[Any, bool]:
+    if type(value) is float:
+        if abs(value) * scale < _MAX_SCALED and not _is_minus_zero(value):
+            scaled = round(value * scale)
+            if scaled / scale == value:
+                return scaled, True
+        return value, not value.is_integer() and _print_exactly([value])
+    if type(value) is int:
+        return float(value), abs(value) < _MAX_SCALED
+    return (value, True) if value is None else (_text_of(value), False)
 
 
 def _integer(values: list[Any], names: Names) -> Stored:
@@ -94,6 +118,9 @@ def _bytes(values: list[Any], names: Names) -> Stored:
     return [None if v is None else _decoded(v) for v in values], values.count(None) == len(values)
 
 
+_MAX_SCALED = 1e15
+"""SQLite prints 15 significant digits."""
+
 _STORE: dict[str, Callable[[list[Any], Names], Stored]] = {
     "text": _text,
     "name": _name,
@@ -118,7 +145,15 @@ def _print_exactly(floats: list[float]) -> bool:
         and [n / 1e8 for n in map(round, [v * 1e8 for v in floats])] == floats
     ):
         return True
-    return all(float(f"{v:.15g}") == v and (v != 0 or str(v) == "0.0") for v in floats)
+    return all(float(f"{v:.15g}") == v and not _is_minus_zero(v) for v in floats)
+
+
+def _is_minus_zero(value: float) -> bool:
+    return value == 0 and str(value) != "0.0"
+
+
+def _text_of(value: Any) -> str:
+    return value if isinstance(value, str) else _json(value)
 
 
 def _shown(value: Any) -> Any:

@@ -4,6 +4,10 @@ Each property with a column is stored there alone, and `events.data` is put toge
 columns when somebody reads it. The exact JSON is kept beside the columns only for an event that
 they cannot give back exactly: a field the schema does not list, a null, a number with more than 15
 significant digits, a NUL.
+
+A `decimal` column holds 1.08451 as the integer 108451 where `digits` is 5: three bytes, not eight.
+An integer that was sent is a float there, and so is a number with more digits; the latter is not
+whole, which tells them apart.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ _DECLARED = {
     "name": "INTEGER",
     "bytes": "BLOB",
     "number": "",
+    "decimal": "",
     "integer": "INTEGER",
     "scalar": "",
     "boolean": "INTEGER",
@@ -41,10 +46,12 @@ _DECLARED = {
 
 
 class Column(msgspec.Struct, frozen=True):
-    """`kind` is one of the keys above; `name` columns hold an id of the table `_name`."""
+    """`kind` is one of the keys above; `name` columns hold an id of the table `_name`, and
+    `decimal` columns numbers with `digits` after the point."""
 
     name: str
     kind: str
+    digits: int = 0
 
 
 class Relation(msgspec.Struct, frozen=True):
@@ -61,8 +68,11 @@ class Relation(msgspec.Struct, frozen=True):
         columns: dict[str, Column] = {}
         for name, schema in event_type.properties.items():
             kind = _kind(schema, name in event_type.storage.intern)
+            digits = event_type.storage.decimals.get(name, 0) if kind == "number" else 0
+            if digits and name not in event_type.storage.indexes:
+                kind = "decimal"
             if kind and _SQL_NAME.fullmatch(name) and name.lower() not in _OWN_COLUMNS:
-                twin = columns.setdefault(name.lower(), Column(name, kind))
+                twin = columns.setdefault(name.lower(), Column(name, kind, digits))
                 if twin.name != name:
                     raise SchemaError(
                         f"{event_type.path}: {twin.name!r} and {name!r} would be one column",
@@ -109,8 +119,9 @@ class Relation(msgspec.Struct, frozen=True):
             found.append(f"table {stored.table} would become {self.table}")
         kinds = {c.name: c.kind for c in stored.columns}
         for c in self.columns:
-            if kinds.get(c.name, c.kind) != c.kind:
-                found.append(f"column {c.name} is stored as {kinds[c.name]}, not as {c.kind}")
+            known = kinds.get(c.name, c.kind)
+            if known != c.kind and {known, c.kind} != {"number", "decimal"}:
+                found.append(f"column {c.name} is stored as {known}, not as {c.kind}")
         return found
 
     @property
@@ -143,7 +154,7 @@ class Relation(msgspec.Struct, frozen=True):
         columns = ["r.seq AS seq", "e.timestamp AS created_at", f"{RECEIVED_AT} AS received_at"]
         joins = ["LEFT JOIN _event e ON e.seq = r.seq"]
         for c in self.columns:
-            value = f'r."{c.name}"'
+            value = _shown(c)
             if c.kind == "name" and c.name in self.indexes:  # a condition on it finds its index
                 joins.append(f'LEFT JOIN _name "n_{c.name}" ON "n_{c.name}".id = {value}')
                 value = f'"n_{c.name}".name'
@@ -169,7 +180,7 @@ class Relation(msgspec.Struct, frozen=True):
         """An expression for the data of the row of `_event e`, as JSON."""
         parts = []
         for c in self.columns:
-            key, value = f"',\"{c.name}\":'", f'r."{c.name}"'
+            key, value = f"',\"{c.name}\":'", _shown(c)
             if c.kind == "name":
                 name = f"SELECT {key} || json_quote(name) FROM _name WHERE id = {value}"
                 parts.append(f"coalesce(({name}), '')")
@@ -179,9 +190,8 @@ class Relation(msgspec.Struct, frozen=True):
             elif c.kind == "json":
                 parts.append(f"coalesce({key} || {value}, '')")
             elif c.kind != "bytes":
-                parts.append(
-                    f"CASE WHEN {value} IS NULL THEN '' ELSE {key} || json_quote({value}) END"
-                )
+                empty = f'r."{c.name}" IS NULL'
+                parts.append(f"CASE WHEN {empty} THEN '' ELSE {key} || json_quote({value}) END")
         if not parts:
             return "'{}'"
         return (
@@ -207,6 +217,19 @@ def events_view_sql(relations: Iterable[tuple[int, Relation]]) -> str:
     e.correlation_id AS correlation_id, e.causation_id AS causation_id,
     {RECEIVED_AT} AS received_at, {data} AS data
     FROM _event e LEFT JOIN _name t ON t.id = e.type LEFT JOIN _name s ON s.id = e.source"""
+
+
+def _shown(column: Column) -> str:
+    """An expression for the value of a column of the row `r`; a `name` is still its id."""
+    value = f'r."{column.name}"'
+    if column.kind != "decimal":
+        return value
+    whole = f"CAST({value} AS INTEGER)"
+    return (
+        f"CASE typeof({value}) WHEN 'integer' THEN {value} / 1e{column.digits}"
+        f" WHEN 'real' THEN CASE {whole} WHEN {value} THEN {whole} ELSE {value} END"
+        f" ELSE {value} END"
+    )
 
 
 def _name_of(value: str) -> str:

@@ -6,15 +6,17 @@ import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 import schemas
 from event_bus.errors import RejectedEvent, SchemaError
 
 TOPIC_PREFIX = "bitten."
 MAX_KEY_CHARACTERS = 255
+MAX_DECIMALS = 8
 REJECTION = "event_rejected"
 BRIDGE_LOSS = "bridge_loss"
 JOURNAL_LOSS = "journal_loss"
@@ -33,13 +35,16 @@ class Storage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """The `x-bitten` object of a schema: how events of the type are published and stored.
 
     `table` names the relation (default: the type's name), `indexes` the columns that get an
-    index, `intern` the text columns whose values repeat and are stored once, `key` the field
-    appended to the topic, `live_only` a type that is published and never stored.
+    index, `intern` the text columns whose values repeat and are stored once, `decimals` how many
+    digits after the point the numbers of a column have: such are stored in half the space, others
+    as they are. `key` is the field appended to the topic, `live_only` a type that is published and
+    never stored.
     """
 
     table: str = ""
     indexes: tuple[str, ...] = ()
     intern: tuple[str, ...] = ()
+    decimals: dict[str, Annotated[int, Meta(ge=1, le=MAX_DECIMALS)]] = {}
     key: str | None = None
     live_only: bool = False
 
@@ -236,6 +241,7 @@ def check_schema(event_type: EventType) -> None:
     for place, names in {
         "indexes": storage.indexes,
         "intern": storage.intern,
+        "decimals": tuple(storage.decimals),
         "key": (storage.key,) if storage.key else (),
     }.items():
         for name in names:
@@ -243,6 +249,12 @@ def check_schema(event_type: EventType) -> None:
                 raise SchemaError(
                     f"{event_type.path}: x-bitten.{place}: {name!r} is none of its properties"
                 )
+    for name in storage.decimals:
+        if name in storage.indexes:
+            raise SchemaError(
+                f"{event_type.path}: x-bitten.decimals: {name!r} is in indexes as well",
+                hint="leave it out of one of them: an index would not find its numbers",
+            )
     for index, example in enumerate(event_type.schema.get("examples", ())):
         try:
             event_type.check(example)

@@ -156,6 +156,18 @@ def test_key_that_is_no_short_string_or_integer_stays_out_of_the_topic(
         ("news", '{"type": "object", "x-bitten": {"tabel": "x"}}', "tabel"),
         ("news", '{"type": "object", "x-bitten": {"key": "k"}}', "x-bitten.key: 'k'"),
         ("news", '{"type": "object", "x-bitten": {"indexes": ["k"]}}', "x-bitten.indexes: 'k'"),
+        (
+            "news",
+            '{"type": "object", "x-bitten": {"decimals": {"k": 2}}}',
+            "x-bitten.decimals: 'k'",
+        ),
+        ("news", '{"type": "object", "x-bitten": {"decimals": {"k": 9}}}', "decimals"),
+        (
+            "news",
+            '{"type": "object", "properties": {"k": {"type": "number"}},'
+            ' "x-bitten": {"decimals": {"k": 2}, "indexes": ["k"]}}',
+            "x-bitten.decimals: 'k' is in indexes as well",
+        ),
         ("news", '{"type": "object", "x-bitten": {"table": "a b"}}', "'a b'"),
         ("news", '{"type": "object", "x-bitten": {"table": "events"}}', "'events'"),
         ("news", '{"type": "object", "x-bitten": {"table": "trade_events"}}', "trade_executed"),

@@ -233,7 +233,11 @@ def test_whatever_a_schema_accepts_is_read_back_equal_through_the_view(data: st.
     schema = {
         "type": "object",
         "properties": fields,
-        "x-bitten": {"intern": data.draw(some), "indexes": data.draw(some)},
+        "x-bitten": {
+            "intern": data.draw(some),
+            "indexes": data.draw(some),
+            "decimals": {name: data.draw(st.integers(1, 8)) for name in data.draw(some)},
+        },
     }
     own = EventType("own_event", schema, Path("own_event.json"))
     try:

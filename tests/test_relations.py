@@ -7,13 +7,19 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import apsw
 import pytest
-from test_store import REGISTRY, by_apsw, by_program, event, tick, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_store import JOURNAL, REGISTRY, by_apsw, by_program, event, tick, write
 
+from collector import layout
+from collector.columns import rows
 from collector.relations import MAX_COLUMNS, Relation
 from collector.store import Store
 from event_bus.errors import SchemaError
 from event_bus.event_schema import EventType, Registry
+from event_bus.subscriber import Batch
 
 TEXT = {"type": "string"}
 NUMBER = {"type": "number"}
@@ -354,3 +360,51 @@ def test_built_in_types_ask_for_possible_relations() -> None:
     for kind in REGISTRY:
         if not kind.storage.live_only:
             assert Relation.of(kind).table
+
+
+numbers = (
+    st.floats(allow_nan=False, allow_infinity=False)
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.decimals(-(10**12), 10**12, places=5).map(float)
+    | st.sampled_from([0.0, -0.0, 1e10, 1e15, 9.9e14, 1e300, -1e300, 2**53 + 1, 0.1 + 0.2])
+)
+
+
+@settings(database=None, deadline=None)
+@given(values=st.lists(numbers, min_size=1, max_size=5), digits=st.integers(1, 8))
+def test_whatever_number_goes_into_a_decimal_column_comes_out(
+    values: list[float], digits: int
+) -> None:
+    relation = Relation.of(event_type("own", {"price": NUMBER}, decimals={"price": digits}))
+    (column,), misfits = rows(relation, [{"price": v} for v in values], {None: None})
+    db = apsw.Connection(":memory:")
+    db.execute(layout.TABLES)
+    db.execute(relation.table_sql())
+    db.execute(relation.view_sql())
+    db.executemany(relation.insert_sql(), list(enumerate(column)))
+    shown = [price for (price,) in db.execute("SELECT price FROM own ORDER BY seq")]
+    assert shown == pytest.approx(values, rel=1e-15)
+    exact = [i for i in range(len(values)) if i not in misfits]
+    assert [repr(shown[i]) for i in exact] == [repr(values[i]) for i in exact]
+
+
+def test_price_is_a_short_integer_and_an_integer_that_was_sent_stays_one() -> None:
+    relation = Relation.of(event_type("own", {"price": NUMBER}, decimals={"price": 5}))
+    sent = [{"price": v} for v in (1.08451, 85, 85.0, 0.1234567)]
+    (stored,), misfits = rows(relation, sent, {None: None})
+    assert list(map(repr, stored)) == ["108451", "85.0", "8500000", "0.1234567"]
+    assert misfits == []
+
+
+def test_database_of_before_keeps_its_numbers_when_a_schema_wants_decimals(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_numbers = event_type("own", {"price": NUMBER})
+    store = opened(path, with_numbers)
+    write(store, event("own", {"price": 1.5}))
+    store.close()
+    store = opened(path, event_type("own", {"price": NUMBER}, decimals={"price": 5}))
+    store.write([Batch(2, 1.0, [event("own", {"price": 2.5})])], JOURNAL)
+    store.close()
+    assert by_program(path, "SELECT price FROM own") == ["1.5", "2.5"]
+    assert caplog.messages == []

@@ -442,7 +442,7 @@ def test_nothing_stored_needs_a_newer_sqlite_than_3_31(store: Store) -> None:
     sql = "\n".join(by_apsw(store.path, "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL"))
     for newer in ("STRICT", "GENERATED", "RETURNING", "iif(", "->", "MATERIALIZED", "format("):
         assert newer.lower() not in sql.lower()
-    functions = {"coalesce", "json_quote", "substr"}
+    functions = {"CAST", "coalesce", "json_quote", "substr", "typeof"}
     assert set(re.findall(r"(\w+)\(", sql)) <= functions
 
 
