@@ -1,9 +1,10 @@
 """From an event type's schema to its table and its view. Pure.
 
-Each property with a column is stored there alone, and `events.data` is put together from the
-columns when somebody reads it. The exact JSON is kept beside the columns only for an event that
-they cannot give back exactly: a field the schema does not list, a null, a number with more than 15
-significant digits, a NUL.
+An event has a row in `_event`, and one in its type's own table with a column for each property; of
+an `inline` type these columns are in `_event` too. A property is stored there alone, and
+`events.data` is put together from the columns when somebody reads it. The exact JSON is kept beside
+the columns only for an event that they cannot give back exactly: a field the schema does not list,
+a null, a number with more than 15 significant digits, a NUL.
 
 A `decimal` column holds 1.08451 as the integer 108451 where `digits` is 5: three bytes, not eight.
 An integer that was sent is a float there, and so is a number with more digits; the latter is not
@@ -61,6 +62,7 @@ class Relation(msgspec.Struct, frozen=True):
     table: str
     columns: tuple[Column, ...]
     indexes: tuple[str, ...]
+    inline: bool = False
 
     @classmethod
     def of(cls, event_type: EventType) -> Relation:
@@ -83,6 +85,7 @@ class Relation(msgspec.Struct, frozen=True):
             event_type.table,
             tuple(columns.values())[:MAX_COLUMNS],
             event_type.storage.indexes,
+            event_type.storage.inline,
         )
         problem = relation._problem()
         if problem:
@@ -110,7 +113,7 @@ class Relation(msgspec.Struct, frozen=True):
         columns = (stored.columns + added)[: max(MAX_COLUMNS, len(stored.columns))]
         names = {c.name for c in columns}
         indexes = tuple(name for name in self.indexes if name in names)
-        return Relation(self.event_type, stored.table, columns, indexes)
+        return Relation(self.event_type, stored.table, columns, indexes, stored.inline)
 
     def conflicts(self, stored: Relation) -> list[str]:
         """What of a stored relation this one would change, in words."""
@@ -127,34 +130,40 @@ class Relation(msgspec.Struct, frozen=True):
     @property
     def rows_table(self) -> str:
         """The table behind the view. No other table of the database begins like this."""
-        return f"_rows_{self.table}"
+        return "_event" if self.inline else f"_rows_{self.table}"
 
-    def table_sql(self) -> str:
+    def sql_name(self, name: str) -> str:
+        """What the column of a property is called in that table."""
+        return f"{self.table}.{name}" if self.inline else name
+
+    def table_sql(self) -> list[str]:
+        """What makes the columns of a new relation."""
+        if self.inline:
+            return [self.column_sql(c) for c in self.columns]
         columns = "".join(f', "{c.name}" {_DECLARED[c.kind]}' for c in self.columns)
-        return f'CREATE TABLE "{self.rows_table}" (seq INTEGER PRIMARY KEY{columns})'
+        return [f'CREATE TABLE "{self.rows_table}" (seq INTEGER PRIMARY KEY{columns})']
 
     def column_sql(self, column: Column) -> str:
-        return (
-            f'ALTER TABLE "{self.rows_table}" ADD COLUMN "{column.name}" {_DECLARED[column.kind]}'
-        )
+        name, declared = self.sql_name(column.name), _DECLARED[column.kind]
+        return f'ALTER TABLE "{self.rows_table}" ADD COLUMN "{name}" {declared}'
 
     def index_sql(self) -> list[str]:
         table = self.rows_table
         return [
             f'CREATE INDEX IF NOT EXISTS "{table}.{name}" ON "{table}" ("{name}")'
             f' WHERE "{name}" IS NOT NULL'
-            for name in self.indexes
+            for name in map(self.sql_name, self.indexes)
         ]
 
     def insert_sql(self) -> str:
         return f'INSERT INTO "{self.rows_table}" VALUES (?{",?" * len(self.columns)})'
 
-    def view_sql(self) -> str:
+    def view_sql(self, type_id: int) -> str:
         """The relation that analysts read: seq, times, fields, then what the envelope adds."""
-        columns = ["r.seq AS seq", "e.timestamp AS created_at", f"{RECEIVED_AT} AS received_at"]
-        joins = ["LEFT JOIN _event e ON e.seq = r.seq"]
+        columns = ["e.seq AS seq", "e.timestamp AS created_at", f"{RECEIVED_AT} AS received_at"]
+        joins = []
         for c in self.columns:
-            value = _shown(c)
+            value = self._value(c)
             if c.kind == "name" and c.name in self.indexes:  # a condition on it finds its index
                 joins.append(f'LEFT JOIN _name "n_{c.name}" ON "n_{c.name}".id = {value}')
                 value = f'"n_{c.name}".name'
@@ -171,16 +180,35 @@ class Relation(msgspec.Struct, frozen=True):
         }.items():
             if name not in own:
                 columns.append(f"{sql} AS {name}")
+        if self.inline:
+            where = f" WHERE e.type = {type_id}"
+            rows = "_event e"
+        else:
+            where = ""
+            columns[0] = "r.seq AS seq"
+            rows = f'"{self.rows_table}" r LEFT JOIN _event e ON e.seq = r.seq'
         return (
             f'CREATE VIEW "{self.table}" AS SELECT {", ".join(columns)} '
-            f'FROM "{self.rows_table}" r {" ".join(joins)}'
+            f"FROM {' '.join([rows, *joins])}{where}"
+        )
+
+    def _value(self, column: Column) -> str:
+        """An expression for what a column holds; of a `name`, its id."""
+        value = f'{"e" if self.inline else "r"}."{self.sql_name(column.name)}"'
+        if column.kind != "decimal":
+            return value
+        whole = f"CAST({value} AS INTEGER)"
+        return (
+            f"CASE typeof({value}) WHEN 'integer' THEN {value} / 1e{column.digits}"
+            f" WHEN 'real' THEN CASE {whole} WHEN {value} THEN {whole} ELSE {value} END"
+            f" ELSE {value} END"
         )
 
     def json_sql(self) -> str:
         """An expression for the data of the row of `_event e`, as JSON."""
         parts = []
         for c in self.columns:
-            key, value = f"',\"{c.name}\":'", _shown(c)
+            key, value = f"',\"{c.name}\":'", self._value(c)
             if c.kind == "name":
                 name = f"SELECT {key} || json_quote(name) FROM _name WHERE id = {value}"
                 parts.append(f"coalesce(({name}), '')")
@@ -190,14 +218,15 @@ class Relation(msgspec.Struct, frozen=True):
             elif c.kind == "json":
                 parts.append(f"coalesce({key} || {value}, '')")
             elif c.kind != "bytes":
-                empty = f'r."{c.name}" IS NULL'
-                parts.append(f"CASE WHEN {empty} THEN '' ELSE {key} || json_quote({value}) END")
+                parts.append(
+                    f"CASE WHEN {value} IS NULL THEN '' ELSE {key} || json_quote({value}) END"
+                )
         if not parts:
             return "'{}'"
-        return (
-            f"(SELECT '{{' || substr({' || '.join(parts)}, 2) || '}}' "
-            f'FROM "{self.rows_table}" r WHERE r.seq = e.seq)'
-        )
+        json = f"'{{' || substr({' || '.join(parts)}, 2) || '}}'"
+        if self.inline:
+            return json
+        return f'(SELECT {json} FROM "{self.rows_table}" r WHERE r.seq = e.seq)'
 
 
 RECEIVED_AT = (
@@ -217,19 +246,6 @@ def events_view_sql(relations: Iterable[tuple[int, Relation]]) -> str:
     e.correlation_id AS correlation_id, e.causation_id AS causation_id,
     {RECEIVED_AT} AS received_at, {data} AS data
     FROM _event e LEFT JOIN _name t ON t.id = e.type LEFT JOIN _name s ON s.id = e.source"""
-
-
-def _shown(column: Column) -> str:
-    """An expression for the value of a column of the row `r`; a `name` is still its id."""
-    value = f'r."{column.name}"'
-    if column.kind != "decimal":
-        return value
-    whole = f"CAST({value} AS INTEGER)"
-    return (
-        f"CASE typeof({value}) WHEN 'integer' THEN {value} / 1e{column.digits}"
-        f" WHEN 'real' THEN CASE {whole} WHEN {value} THEN {whole} ELSE {value} END"
-        f" ELSE {value} END"
-    )
 
 
 def _name_of(value: str) -> str:

@@ -54,6 +54,10 @@ It is JSON Schema 2020-12. `x-bitten` is optional, and so is each of its entries
 | `table` | name of the relation in the database; default the type's name |
 | `indexes` | fields whose column gets an index |
 | `intern` | text fields whose values repeat; each value is stored once |
+| `decimals` | number fields and the digits after the point they mostly have, such as \
+`{"bid": 5}`; these are stored in half the space, others as they are; not with an index |
+| `inline` | `true`: stored in the table of all events and not beside it; for the type that most \
+events are of |
 | `key` | field whose value is appended to the topic: `bitten.news_item.EUR` |
 | `live_only` | `true`: published, never stored; for the bus's own heartbeat |
 

@@ -37,7 +37,8 @@ class Storage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     `table` names the relation (default: the type's name), `indexes` the columns that get an
     index, `intern` the text columns whose values repeat and are stored once, `decimals` how many
     digits after the point the numbers of a column have: such are stored in half the space, others
-    as they are. `key` is the field appended to the topic, `live_only` a type that is published and
+    as they are. `inline` is for the type that most events are of: its columns are in the table of
+    all events. `key` is the field appended to the topic, `live_only` a type that is published and
     never stored.
     """
 
@@ -45,6 +46,7 @@ class Storage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     indexes: tuple[str, ...] = ()
     intern: tuple[str, ...] = ()
     decimals: dict[str, Annotated[int, Meta(ge=1, le=MAX_DECIMALS)]] = {}
+    inline: bool = False
     key: str | None = None
     live_only: bool = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import apsw
 import msgspec
 import pytest
 from conftest import System, wait_until
@@ -137,9 +139,14 @@ def overwrite_first_page(db: Path) -> None:
 
 
 def overwrite_middle(db: Path) -> None:
+    with contextlib.closing(apsw.Connection(str(db))) as connection:
+        pages: list[Any] = connection.execute(
+            "SELECT pageno FROM dbstat WHERE name = '_event' AND pagetype = 'leaf' ORDER BY path"
+        ).fetchall()
     with db.open("r+b") as f:
-        f.seek(db.stat().st_size // 2 // 4096 * 4096)
-        f.write(b"\xa5" * 4096 * 4)
+        for (page,) in pages[len(pages) // 2 :][:4]:
+            f.seek((page - 1) * 4096)
+            f.write(b"\xa5" * 4096)
 
 
 def truncate(db: Path) -> None:

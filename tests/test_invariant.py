@@ -101,8 +101,8 @@ FAULTS: dict[str, tuple[Callable[[Finished], Any], str]] = {
     ),
     "a row is there twice": (
         lambda f: f.in_database(
-            "INSERT INTO _event SELECT seq + 50, type, timestamp, source, user_id, correlation_id,"
-            " causation_id, producer, n, data FROM _event WHERE n = 5"
+            "INSERT INTO _event (seq, type, timestamp, producer, n, data)"
+            " SELECT seq + 50, type, timestamp, producer, n, data FROM _event WHERE n = 5"
         ),
         "1 ids are stored more than once",
     ),
@@ -183,8 +183,8 @@ def cut(finished: Finished, *, is_named: bool) -> tuple[int, int]:
         for first, until in ((hole[0], hole[0] + 9), (hole[0] + 10, hole[1])):
             finished.in_journal(f"INSERT INTO lost_range VALUES ({first}, {until}, 0.0, '', '', 1)")
     finished.in_database(
-        f"INSERT INTO _event SELECT {seq}, type, timestamp, NULL, NULL, NULL, NULL, NULL, 'behind',"
-        " data FROM _event WHERE n = 5"
+        "INSERT INTO _event (seq, type, timestamp, n, data)"
+        f" SELECT {seq}, type, timestamp, 'behind', data FROM _event WHERE n = 5"
     )
     finished.in_database(
         f"INSERT INTO _gap (first_seq, last_seq, found_at) VALUES ({hole[0]}, {hole[1]}, 0)"

@@ -236,6 +236,7 @@ def test_whatever_a_schema_accepts_is_read_back_equal_through_the_view(data: st.
         "x-bitten": {
             "intern": data.draw(some),
             "indexes": data.draw(some),
+            "inline": data.draw(st.booleans()),
             "decimals": {name: data.draw(st.integers(1, 8)) for name in data.draw(some)},
         },
     }

@@ -152,7 +152,8 @@ def test_filter_on_events_uses_its_index(path: Path, condition: str, index: str)
 def test_filter_on_a_relation_uses_its_index(path: Path, relation: str, column: str) -> None:
     opened(path).close()
     steps = plan(path, f"SELECT * FROM {relation} WHERE {column} = 'x'")
-    assert f"SEARCH r USING INDEX _rows_{relation}.{column} " in steps, steps
+    index = "_event.market_data" if relation == "market_data" else f"_rows_{relation}"
+    assert f"USING INDEX {index}.{column} " in steps, steps
 
 
 def test_relation_is_found_by_time(path: Path) -> None:
@@ -379,8 +380,8 @@ def test_whatever_number_goes_into_a_decimal_column_comes_out(
     (column,), misfits = rows(relation, [{"price": v} for v in values], {None: None})
     db = apsw.Connection(":memory:")
     db.execute(layout.TABLES)
-    db.execute(relation.table_sql())
-    db.execute(relation.view_sql())
+    for sql in (*relation.table_sql(), relation.view_sql(1)):
+        db.execute(sql)
     db.executemany(relation.insert_sql(), list(enumerate(column)))
     shown = [price for (price,) in db.execute("SELECT price FROM own ORDER BY seq")]
     assert shown == pytest.approx(values, rel=1e-15)
@@ -408,3 +409,45 @@ def test_database_of_before_keeps_its_numbers_when_a_schema_wants_decimals(
     store.close()
     assert by_program(path, "SELECT price FROM own") == ["1.5", "2.5"]
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize("inline", [[False, True], [True, False]])
+def test_where_a_type_was_stored_first_it_stays(path: Path, inline: list[bool]) -> None:
+    for seq, is_inline in enumerate(inline, 1):
+        own = event_type("own", {"price": NUMBER, "note": TEXT}, inline=is_inline, indexes=["note"])
+        store = opened(path, own)
+        store.write([Batch(seq, 1.0, [event("own", {"price": 1.5, "note": "x"})])], JOURNAL)
+        store.close()
+    assert by_program(path, "SELECT seq, price FROM own WHERE note = 'x'") == ["1|1.5", "2|1.5"]
+    assert by_program(path, "SELECT DISTINCT data FROM events") == ['{"price":1.5,"note":"x"}']
+    beside = by_program(path, "SELECT count(*) FROM sqlite_master WHERE name = '_rows_own'")
+    assert beside == ["0" if inline[0] else "1"]
+
+
+def test_two_inline_types_grow_columns_in_the_table_of_all_events(path: Path) -> None:
+    for properties in ({"price": NUMBER}, {"price": NUMBER, "note": TEXT}):
+        types = [event_type(name, properties, inline=True) for name in ("one", "two")]
+        store = opened(path, *types)
+        first_seq = store.last_seq + 1
+        data = {name: 2.5 if name == "price" else "x" for name in properties}
+        store.write([Batch(first_seq, 1.0, [event(t.name, data) for t in types])], JOURNAL)
+        store.close()
+    for name in ("one", "two"):
+        assert by_program(path, f"SELECT price, note FROM {name}") == ["2.5|", "2.5|x"]
+    assert by_program(path, "SELECT data FROM events")[-1] == '{"price":2.5,"note":"x"}'
+
+
+@pytest.mark.parametrize(
+    ("condition", "index"),
+    [
+        ("event_type = 'a' AND user_id = 'u' ORDER BY seq DESC", "_event_user_id (user_id=?)"),
+        ("source = 'a' AND correlation_id = 'x'", "_event_correlation_id (correlation_id=?)"),
+        ("event_type = 'a' AND timestamp > 5", "_event_timestamp (timestamp>?)"),
+        ("event_type = 'a' ORDER BY seq DESC", "_event_type (type=?)"),
+    ],
+)
+def test_query_looks_in_the_index_that_leaves_least(path: Path, condition: str, index: str) -> None:
+    opened(path).close()
+    steps = plan(path, f"SELECT * FROM events WHERE {condition}")
+    assert f"USING INDEX {index}" in steps, steps
+    assert "TEMP B-TREE" not in steps, steps

@@ -22,7 +22,17 @@ TOKENS = [
     *(f'"{name}":'.encode() for name in ("from_seq", "from_time", "wait_ms", "max_bytes")),
     *(f'"{name}":'.encode() for name in ("consumer", "stored_seq", "problem", "first_seq")),
     *(b'"type":', b'"object"', b'"properties":', b'"required":', b'"x-bitten":', b'"$ref":'),
-    *(b'"indexes":', b'"intern":', b'"table":', b'"key":', b'"pattern":', b'"allOf":', b'"enum":'),
+    *(
+        b'"indexes":',
+        b'"intern":',
+        b'"decimals":',
+        b'"inline":',
+        b'"table":',
+        b'"key":',
+        b'"pattern":',
+        b'"allOf":',
+        b'"enum":',
+    ),
 ]
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import apsw
 import words
 
+from collector import layout
 from collector.columns import rows
-from collector.layout import TABLES
 from collector.relations import Relation, events_view_sql
 from event_bus.errors import RejectedEvent, SchemaError
 from event_bus.event_schema import Registry
@@ -27,7 +27,14 @@ def seeds() -> list[bytes]:
         "type": "object",
         "properties": {"a": {"type": ["string", "null"]}, "b": {"type": "number"}},
         "required": ["a"],
-        "x-bitten": {"table": "t", "indexes": ["a"], "intern": ["a"], "key": "a"},
+        "x-bitten": {
+            "table": "t",
+            "indexes": ["a"],
+            "intern": ["a"],
+            "key": "a",
+            "decimals": {"b": 2},
+            "inline": True,
+        },
         "examples": [{"a": "x"}],
     }
     return [*words.schema_files(), json.dumps(small).encode(), b'{"type":"object"}', b"[]"]
@@ -65,22 +72,22 @@ class Target:
 
     def _make(self, relation: Relation, datas: list[dict[str, object]]) -> None:
         db = apsw.Connection(":memory:")
-        db.execute(TABLES)
-        db.execute(relation.table_sql())
-        for sql in relation.index_sql():
+        db.execute(layout.TABLES)
+        for sql in (*relation.table_sql(), *relation.index_sql(), relation.view_sql(1)):
             db.execute(sql)
-        db.execute(relation.view_sql())
         db.execute(events_view_sql([(1, relation)]))
         db.execute("INSERT INTO _name VALUES (1, 'my_event')")
         names = {None: None}
         columns, misfits = rows(relation, datas, _Names(db, names))
-        db.executemany(relation.insert_sql(), zip(range(1, len(datas) + 1), *columns, strict=True))
-        for seq, document in enumerate(datas, 1):
-            exact = json.dumps(document) if seq - 1 in misfits else None
-            db.execute(
-                "INSERT INTO _event VALUES (?,1,0,NULL,NULL,NULL,NULL,NULL,?,?)",
-                (seq, str(seq), exact),
-            )
+        inline = [relation.sql_name(c.name) for c in relation.columns] if relation.inline else []
+        if not inline:
+            seqs = range(1, len(datas) + 1)
+            db.executemany(relation.insert_sql(), zip(seqs, *columns, strict=True))
+        for at, document in enumerate(datas):
+            exact = json.dumps(document) if at in misfits else None
+            event = (at + 1, 1, 0.0, None, None, None, None, None, str(at + 1), exact)
+            values = [column[at] for column in columns] if inline else []
+            db.execute(layout.insert_event_sql(inline), (*event, *values))
         read = [json.loads(row[0]) for row in db.execute("SELECT data FROM events ORDER BY seq")]
         assert [_spelled(d) for d in read] == [_spelled(d) for d in datas]
         db.execute(f'SELECT * FROM "{relation.table}"').fetchall()
