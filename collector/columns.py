@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping
+import contextlib
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -38,9 +40,7 @@ def _columns(
     columns = []
     exact = True
     present = 0
-    for c in relation.columns:
-        name = c.name
-        values = [data.get(name) for data in datas]
+    for c, values in zip(relation.columns, _values(relation, datas), strict=True):
         present += len(values) - values.count(None)
         if c.kind == "decimal":
             stored, fits = _decimal(values, 10.0**c.digits)
@@ -49,6 +49,14 @@ def _columns(
         exact = exact and fits
         columns.append(stored)
     return columns, exact and present == sum(map(len, datas))
+
+
+def _values(relation: Relation, datas: list[dict[str, Any]]) -> Iterable[list[Any]]:
+    names = [c.name for c in relation.columns]
+    if len(names) > 1:
+        with contextlib.suppress(KeyError):  # it takes half the time where no field is left out
+            return map(list, zip(*map(operator.itemgetter(*names), datas), strict=True))
+    return [[data.get(name) for data in datas] for name in names]
 
 
 def _text(values: list[Any], names: Names) -> Stored:

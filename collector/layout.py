@@ -95,7 +95,7 @@ def insert_event_sql(inline: list[str]) -> str:
     """Into `_event` and these columns of inline types."""
     names = [*_COLUMNS["_event"].split(", "), *inline]
     columns = ", ".join(f'"{name}"' for name in names)
-    return f"INSERT INTO _event ({columns}) VALUES ({', '.join('?' * len(names))})"
+    return f"INSERT INTO _event ({columns}) VALUES ({','.join('?' * len(names))})"
 
 
 def make_tables(db: apsw.Connection) -> None:

@@ -10,10 +10,11 @@ each time that the collector opened the database.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ BUSY_TIMEOUT_MS = 500
 CACHE_KIB = 8_000
 MAX_CACHED_NAMES = 50_000
 COPIED_PAGES = 2_000
+MAX_PARAMETERS = 7_000
+"""In one statement: apsw keeps none of more than 16 KiB prepared."""
 
 _ADD_COUNT = (
     "INSERT INTO _count VALUES (?,?) ON CONFLICT DO UPDATE SET stored = stored + excluded.stored"
@@ -191,24 +194,28 @@ class Store:
         """
         if not self.is_at_path():
             raise self._replaced()
-        new = 0
         with self._transaction():
             self._bind(journal_id)
-            next_seq = self.last_seq + 1
+            first_seq = self.last_seq + 1
+            events: list[Envelope] = []
+            times: list[tuple[int, float]] = []
             for batch in batches:
+                next_seq = first_seq + len(events)
                 if batch.first_seq > next_seq:
                     raise DatabaseError(
                         f"events {next_seq} to {batch.first_seq - 1} did not arrive"
                     )
-                events = batch.events[next_seq - batch.first_seq :]
-                if events:
-                    self._write_events(next_seq, batch.received_at, events)
-                    new += len(events)
-                    next_seq += len(events)
+                new = batch.events[next_seq - batch.first_seq :]
+                if new:
+                    times.append((next_seq, batch.received_at))
+                    events += new
+            if events:
+                self._write_events(first_seq, events)
+                self._db.executemany("INSERT INTO _batch VALUES (?,?)", times)
             self._db.execute(_ADD_META, ("events_received", sum(len(b.events) for b in batches)))
-        return new
+        return len(events)
 
-    def _write_events(self, first_seq: int, received_at: float, events: list[Envelope]) -> None:
+    def _write_events(self, first_seq: int, events: list[Envelope]) -> None:
         names = self._names
         types = [e.event_type for e in events]
         by_type: dict[str, list[int]] = defaultdict(list)
@@ -228,46 +235,47 @@ class Store:
                         for i, value in zip(places, values, strict=True):
                             column[i] = value
                 else:
-                    self._db.executemany(
-                        relation.insert_sql(),
-                        zip([first_seq + i for i in places], *columns, strict=True),
-                    )
+                    self._insert(relation.insert_sql(), [first_seq + i for i in places], *columns)
             for i in misfits:
                 exact[places[i]] = msgspec.json.encode(datas[i]).decode()
             self._db.execute(_ADD_COUNT, (names[event_type], len(places)))
         producers, ns = self._split_ids([e.event_id for e in events])
-        # Columns zipped, as in `rows`: a generator of rows took twice as long (`scripts/bench`).
-        self._db.executemany(
+        self._insert(
             self._insert_event,
-            zip(
-                range(first_seq, first_seq + len(events)),
-                [names[t] for t in types],
-                [e.timestamp for e in events],
-                [names[e.source or None] for e in events],
-                [e.user_id or None for e in events],
-                [e.correlation_id or None for e in events],
-                [e.causation_id or None for e in events],
-                producers,
-                ns,
-                exact,
-                *inline.values(),
-                strict=True,
-            ),
+            range(first_seq, first_seq + len(events)),
+            [names[t] for t in types],
+            [e.timestamp for e in events],
+            [names[e.source or None] for e in events],
+            [e.user_id or None for e in events],
+            [e.correlation_id or None for e in events],
+            [e.causation_id or None for e in events],
+            producers,
+            ns,
+            exact,
+            *inline.values(),
         )
-        self._db.execute("INSERT INTO _batch VALUES (?,?)", (first_seq, received_at))
 
-    def _split_ids(self, ids: list[str]) -> tuple[list[int | None], list[int | str]]:
+    def _insert(self, sql: str, *columns: Sequence[Any]) -> None:
+        """Insert rows, given by column: a generator of rows took twice as long. SQLite opens table
+        and indexes once a statement, so many rows in one are a fifth faster (`scripts/bench`)."""
+        rows = list(zip(*columns, strict=True))
+        at_once = max(1, MAX_PARAMETERS // len(columns))
+        singly = len(rows) % at_once
+        self._db.executemany(sql, rows[:singly])
+        if singly < len(rows):
+            row_sql = sql[sql.index("(?") :]
+            many = sql + f",{row_sql}" * (at_once - 1)
+            flat = list(itertools.chain.from_iterable(rows[singly:]))
+            step = at_once * len(columns)
+            self._db.executemany(many, (flat[i : i + step] for i in range(0, len(flat), step)))
+
+    def _split_ids(self, ids: list[str]) -> tuple[Sequence[int | None], Sequence[int | str]]:
         """Ids as (id of the producer's token, n); a foreign id as (None, the id itself)."""
-        heads = [i[:21] for i in ids]
-        tails = [i[21:] for i in ids]
-        producers = {h: self._names[h[:20]] for h in set(heads) if h[20:] == "-"}
-        try:
-            ns = list(map(int, tails))
-        except ValueError:
-            ns = []
-        alike = len(producers) == len(set(heads)) and list(map(str, ns)) == tails
-        if alike and min(ns) > 0 and max(ns) < 1 << 63:
-            return [producers[h] for h in heads], ns  # type: ignore[return-value]
+        token, first_n = _split_id(ids[0])
+        if token is not None and isinstance(first_n, int):
+            ns = range(first_n, first_n + len(ids))
+            if ids == [f"{token}-{n}" for n in ns]:
+                return [self._names[token]] * len(ids), ns
         split = [_split_id(i) for i in ids]
         return [self._names[token] for token, _ in split], [n for _, n in split]
 
