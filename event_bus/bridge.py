@@ -45,6 +45,8 @@ BATCH_EVENTS = 2_000
 BATCH_BYTES = 512 << 10
 
 _NO_ID = b'{"event_id":"-",'
+_OTHER_NAMES = ("user_id", "correlation_id", "causation_id")
+_encode_value = msgspec.json.Encoder().encode
 
 
 class Bridge:
@@ -157,10 +159,12 @@ class Bridge:
         try:
             if check(data):
                 payload = self._encode(data)
-                line = _encode_event(event_type, msgspec.Raw(payload), fields)
+                line = _line_around(payload, event_type, fields)
                 # A null may be a NaN in disguise; what else the broker would refuse, such as a
                 # repeated key or 65 bits, its own quick check finds.
-                if b"null" not in payload and envelope.decode_canonical(line + b"\n"):
+                if b"null" not in payload and (
+                    envelope.is_flat(data, payload) or envelope.decode_canonical(line + b"\n")
+                ):
                     return line
         except (ValueError, TypeError, RecursionError):
             pass  # no plain JSON: perhaps it becomes one
@@ -205,8 +209,8 @@ class Bridge:
                 self.overflowed += 1
                 event_id = None
             else:
-                event_id = self._next_id()
-                outbox.put(_with_id(line, event_id))
+                event_id, numbered = self._number(line)
+                outbox.put(numbered)
                 if self._closed:
                     problem = self._spill_rest()
                 elif self._thread is None:
@@ -382,20 +386,32 @@ class Bridge:
             problem = f"{words.events(len(lines), 'are')} lost as this process ends: {problem}"
         line = self._loss_line()
         if line is not None and not outbox.last_loss.add(line):
-            report = _with_id(line, self._next_id())
+            _, report = self._number(line)
             if outbox.spool_lines([report], over_limit=True) and not outbox.last_loss.make(report):
                 self.lost += 1
                 problem = f"{problem or 'the account of a loss is lost'}; nothing tells the bus"
         return problem
 
-    def _next_id(self) -> str:
+    def _number(self, line: bytes) -> tuple[str, bytes]:
+        """The next id, and the line with it."""
         self._n += 1
-        return f"{self.token}-{self._n}"
+        event_id = f"{self.token}-{self._n}"
+        return event_id, b'{"event_id":"%b",%b' % (event_id.encode(), line[len(_NO_ID) :])
+
+
+def _line_around(payload: bytes, event_type: str, fields: dict[str, Any]) -> bytes:
+    """What `_encode_event` makes, in less than half the time (`scripts/bench`)."""
+    head = b'%b"event_type":"%b","timestamp":%b,"source":%b' % (
+        _NO_ID,
+        event_type.encode(),
+        _encode_value(fields["timestamp"]),
+        _encode_value(fields["source"]),
+    )
+    for name in _OTHER_NAMES if len(fields) > 2 else ():
+        if name in fields:
+            head += b',"%b":%b' % (name.encode(), _encode_value(fields[name]))
+    return b'%b,"data":%b}' % (head, payload)
 
 
 def _encode_event(event_type: str, data: Any, fields: dict[str, Any]) -> bytes:
     return envelope.encode(Envelope(event_id="-", event_type=event_type, data=data, **fields))
-
-
-def _with_id(line: bytes, event_id: str) -> bytes:
-    return b'{"event_id":"%b",%b' % (event_id.encode(), line[len(_NO_ID) :])

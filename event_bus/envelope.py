@@ -67,6 +67,8 @@ NATIVE_ID = re.compile(rf"({PRODUCER.pattern})-([1-9][0-9]{{0,17}})")
 NATIVE_LINE = re.compile(rb'^\{"event_id":"%b"' % NATIVE_ID.pattern.encode(), re.MULTILINE)
 """The beginning of a canonical line with such an id."""
 
+_TEXT_ALONE = {str}
+_FLAT = {str, float, int, bool}
 _DIGITS_AS_ZERO = bytes.maketrans(b"123456789", b"000000000")
 _LONG_NUMBER = b"0" * 19
 
@@ -106,6 +108,20 @@ def decode_canonical(batch: bytes) -> list[Envelope] | None:
         except RejectedEvent:
             return None
     return events
+
+
+def is_flat(data: Any, payload: bytes) -> bool:
+    """True if data, encoded as `payload`, is a dictionary of texts, floats, booleans and integers
+    of less than 19 digits, none of a subclass: then `payload` is canonical if it has no null, which
+    a NaN may have become. A tenth of the cost of `decode_canonical` (`scripts/bench`)."""
+    if type(data) is not dict:
+        return False
+    kinds = set(map(type, data.values()))
+    return (
+        kinds <= _FLAT
+        and set(map(type, data)) == _TEXT_ALONE
+        and not (int in kinds and _LONG_NUMBER in payload.translate(_DIGITS_AS_ZERO))
+    )
 
 
 def read(line: bytes) -> Envelope:

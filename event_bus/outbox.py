@@ -21,6 +21,8 @@ class Outbox:
 
     def __init__(self, settings: Settings, token: str) -> None:
         self._settings = settings
+        self._max_events = settings.outbox_max_events
+        self._max_bytes = settings.outbox_max_bytes
         self.lock = threading.RLock()
         self.lines: deque[bytes] = deque()
         self.size_bytes = 0
@@ -28,18 +30,12 @@ class Outbox:
         self.last_loss = LastLoss(settings.spool)
 
     def has_room(self, size: int) -> bool:
-        return (
-            len(self.lines) < self._settings.outbox_max_events
-            and self.size_bytes + size <= self._settings.outbox_max_bytes
-        )
+        return len(self.lines) < self._max_events and self.size_bytes + size <= self._max_bytes
 
     @property
     def crowded(self) -> bool:
         """Memory is more than half full."""
-        return (
-            2 * len(self.lines) > self._settings.outbox_max_events
-            or 2 * self.size_bytes > self._settings.outbox_max_bytes
-        )
+        return 2 * len(self.lines) > self._max_events or 2 * self.size_bytes > self._max_bytes
 
     def put(self, line: bytes) -> None:
         self.lines.append(line)

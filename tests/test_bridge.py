@@ -587,3 +587,38 @@ def test_waiting_never_goes_negative_under_concurrent_acks(bridge: QueueOnly) ->
     finally:
         stop.set()
         thread.join()
+
+
+scalars = (
+    st.text(max_size=300)
+    | st.floats()
+    | st.booleans()
+    | st.integers(-(2**65), 2**65)
+    | st.sampled_from([Side.BUY, decimal.Decimal("1.10"), np.float64(1.5), np.int32(7), -0.0, 1e16])
+    | st.none()
+    | st.lists(st.integers(), max_size=2)
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    data=st.dictionaries(st.text(max_size=8) | st.integers(), scalars, max_size=4),
+    names=st.fixed_dictionaries(
+        {},
+        optional={
+            name: st.text(max_size=260)
+            for name in ("source", "user_id", "correlation_id", "causation_id")
+        },
+    ),
+)
+def test_whatever_is_queued_is_a_line_that_the_broker_takes_as_it_is(
+    bridge: QueueOnly, data: dict[Any, Any], names: dict[str, str]
+) -> None:
+    bridge.outbox.lines.clear()
+    event_id = bridge.emit("user_action", {"action": "a", **data}, **names)
+    for line in bridge.outbox.lines:  # the event, or the account of its refusal
+        assert envelope.decode_canonical(line + b"\n") == [envelope.read(line)]
+    if event_id is not None:
+        assert bridge.last().event_id == event_id
+        sent = {name: value for name, value in names.items() if value or name == "source"}
+        assert {name: getattr(bridge.last(), name) for name in sent} == sent
