@@ -594,7 +594,9 @@ scalars = (
     | st.floats()
     | st.booleans()
     | st.integers(-(2**65), 2**65)
-    | st.sampled_from([Side.BUY, decimal.Decimal("1.10"), np.float64(1.5), np.int32(7), -0.0, 1e16])
+    | st.sampled_from(
+        [Side.BUY, decimal.Decimal("1.10"), np.float64(1.5), np.int32(7), -0.0, 1e16, 2**63 + 5]
+    )
     | st.none()
     | st.lists(st.integers(), max_size=2)
 )
