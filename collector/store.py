@@ -10,7 +10,6 @@ each time that the collector opened the database.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import time
 from collections import defaultdict
@@ -39,7 +38,10 @@ BUSY_TIMEOUT_MS = 500
 CACHE_KIB = 8_000
 MAX_CACHED_NAMES = 50_000
 COPIED_PAGES = 2_000
-MAX_PARAMETERS = 7_000
+BLOCKS = 500, 50, 1
+"""Rows that are inserted by one statement, as long as there are so many."""
+
+MAX_PARAMETERS = 7_500
 """In one statement: apsw keeps none of more than 16 KiB prepared."""
 
 _ADD_COUNT = (
@@ -108,6 +110,8 @@ class Store:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")  # whatever was here before is on disk then
         self._db.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
+        # A statement of many rows keeps what it may have to undo: in memory, not in a file.
+        self._db.execute("PRAGMA temp_store=MEMORY")
         self._db.execute("PRAGMA wal_autocheckpoint=4000")  # 16 MB: a twentieth faster than 4 MB
         self._db.execute("PRAGMA journal_size_limit=67108864")
         with self._transaction():
@@ -256,18 +260,21 @@ class Store:
         )
 
     def _insert(self, sql: str, *columns: Sequence[Any]) -> None:
-        """Insert rows, given by column: a generator of rows took twice as long. SQLite opens table
-        and indexes once a statement, so many rows in one are a fifth faster (`scripts/bench`)."""
-        rows = list(zip(*columns, strict=True))
-        at_once = max(1, MAX_PARAMETERS // len(columns))
-        singly = len(rows) % at_once
-        self._db.executemany(sql, rows[:singly])
-        if singly < len(rows):
-            row_sql = sql[sql.index("(?") :]
-            many = sql + f",{row_sql}" * (at_once - 1)
-            flat = list(itertools.chain.from_iterable(rows[singly:]))
-            step = at_once * len(columns)
-            self._db.executemany(many, (flat[i : i + step] for i in range(0, len(flat), step)))
+        """Insert rows, given by column. SQLite opens table and indexes once a statement, so that
+        many rows in one are a fourth faster (`scripts/bench`)."""
+        width = len(columns)
+        values: list[Any] = [None] * (len(columns[0]) * width)
+        for i, column in enumerate(columns):
+            values[i::width] = column
+        row_sql = sql[sql.index("(?") :]
+        done = 0
+        for rows_at_once in BLOCKS:
+            size = rows_at_once * width
+            starts = range(done, len(values) - size + 1, size)
+            if starts and (size <= MAX_PARAMETERS or rows_at_once == 1):
+                block_sql = sql + f",{row_sql}" * (rows_at_once - 1)
+                self._db.executemany(block_sql, (values[i : i + size] for i in starts))
+                done = starts[-1] + size
 
     def _split_ids(self, ids: list[str]) -> tuple[Sequence[int | None], Sequence[int | str]]:
         """Ids as (id of the producer's token, n); a foreign id as (None, the id itself)."""
