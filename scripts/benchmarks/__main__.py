@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -98,6 +99,7 @@ class Run:
             on_top=sizes.on_top,
             rounds=sizes.rounds,
             query_runs=sizes.query_runs,
+            latency_s=sizes.latency_s,
         )
         return {"growth": found}
 
@@ -179,6 +181,8 @@ def main() -> None:
     if options.earlier:
         results = json.loads(options.earlier.read_text(encoding="utf-8"))
     else:
+        # The daemons that are measured end with this process, whoever ends it.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         sizes = SHORT if options.short else FULL
         given = {"events": options.events, "rounds": options.rounds}
         sizes = replace(sizes, **{name: n for name, n in given.items() if n})

@@ -33,8 +33,9 @@ STYLE = {
 LATENCIES = {
     "socket": ("SUB socket", OURS),
     "subscriber": ("Subscriber", THIRD),
-    "stored": ("row in SQLite", INK),
+    "stored": ("row in SQLite", THEIRS),
 }
+LINES = {"p50": "-", "p99": "--"}
 
 
 def draw(results: Results, directory: Path) -> list[Path]:
@@ -68,38 +69,32 @@ def _throughput(results: Results, axes: Any) -> None:
     names = sorted(bars, key=lambda name: statistics.median(bars[name]))
     middles = [statistics.median(bars[name]) for name in names]
     colors = [OURS if name.startswith("BITTEN") else THEIRS for name in names]
-    axes.barh(names, middles, color=colors, height=0.6)
-    for y, middle in enumerate(middles):
-        axes.text(middle, y, f" {middle:,.0f}", va="center")
+    axes.bar_label(axes.barh(names, middles, color=colors, height=0.6), fmt="{:,.0f}", padding=4)
     axes.set_xlim(0, max(middles) * 1.15)
     axes.set_xlabel("events/s, stored in SQLite or acknowledged")
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def _latency(results: Results, axes: Any) -> None:
+    rates: list[int] = []
     for kind, by_rate in results["latency"].items():
         name, color = LATENCIES[kind]
         rates = [int(rate) for rate in by_rate]
-        for percentile, line in {"p50": "-", "p99": "--"}.items():
+        for percentile, line in LINES.items():
             values = [figures[percentile] for figures in by_rate.values()]
             axes.plot(rates, values, line, marker="o", ms=4, color=color)
-            axes.annotate(
-                f"{name} {percentile}",
-                (rates[-1], values[-1]),
-                xytext=(6, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9,
-                color=color,
-            )
+        axes.plot([], [], color=color, label=name)
+    for percentile, line in LINES.items():
+        axes.plot([], [], line, color=INK, label=percentile)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.margins(x=0.25)
+    axes.set_xticks(rates, [f"{rate:,}" for rate in rates])
+    axes.minorticks_off()
     axes.set_xlabel("events/s")
     axes.set_ylabel("ms after the bridge call")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(axis="y")
+    _legend_above(axes, 5)
 
 
 def _growth(results: Results, axes: Any) -> None:
@@ -109,15 +104,14 @@ def _growth(results: Results, axes: Any) -> None:
     ):
         middles = [statistics.median(results["growth"][size][key]) for size in sizes]
         at = [x + (i - 0.5) * 0.36 for x in range(len(sizes))]
-        axes.bar(at, middles, width=0.34, color=color, label=name)
-        for x, middle in zip(at, middles, strict=True):
-            axes.text(x, middle, f"{middle:,.0f}", ha="center", va="bottom", fontsize=9)
+        bars = axes.bar(at, middles, width=0.34, color=color, label=name)
+        axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=9)
     axes.set_xticks(range(len(sizes)), [f"{int(size):,}" for size in sizes])
     axes.set_xlabel("events stored before")
     axes.set_ylabel("events/s")
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.margins(y=0.12)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.15), ncols=2)
+    _legend_above(axes, 2)
 
 
 def _calls(results: Results, axes: Any) -> None:
@@ -136,7 +130,11 @@ def _calls(results: Results, axes: Any) -> None:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(axis="x")
     axes.invert_yaxis()
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=3)
+    _legend_above(axes, 3)
+
+
+def _legend_above(axes: Any, columns: int) -> None:
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
 
 
 def _each_call(results: Results, states: dict[str, str]) -> Iterator[tuple[str, str]]:

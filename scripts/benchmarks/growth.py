@@ -18,7 +18,6 @@ from event_bus.settings import Settings
 DAYS = "30"
 """Over which the stored events lie, so that the last day is a thirtieth at every size."""
 
-LATENCY_EVENTS = 10_000
 LATENCY_RATE = 1_000.0
 FILL_TIMEOUT_S = 1_800.0
 STATUS_S = 0.02
@@ -46,7 +45,13 @@ def grown() -> Iterator[Grown]:
 
 
 def growth(
-    home: Grown, sizes: Sequence[int], *, on_top: int, rounds: int, query_runs: int
+    home: Grown,
+    sizes: Sequence[int],
+    *,
+    on_top: int,
+    rounds: int,
+    query_runs: int,
+    latency_s: float,
 ) -> dict[str, Any]:
     """By size: queries in ms, memory, rates of more events there and in an empty home, in turn."""
     found = {}
@@ -64,7 +69,7 @@ def growth(
         found[str(size)] = {
             "rates": rates,
             "empty_rates": empty_rates,
-            "stored_ms": latency.one(b, "stored", min(LATENCY_EVENTS, size), LATENCY_RATE),
+            "stored_ms": latency.one(b, "stored", int(latency_s * LATENCY_RATE), LATENCY_RATE),
             "queries_ms": {
                 kind: {name: statistics.median(ms) for name, ms in timed.items()}
                 for kind, timed in queries.items()
