@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import latency
-from running import Bench, answer, bench
+from running import Bench, answer, bench, sqlite_bytes
 
 from event_bus.errors import BusUnavailable
 from event_bus.protocol import Client
@@ -60,7 +60,7 @@ def growth(
         b = home.running
         count = min(on_top, size)
         queries = answer(b.start("queries.py", str(b.db), str(query_runs)))
-        bytes_an_event = b.db_bytes() / b.stored()
+        bytes_an_event = sqlite_bytes(b.db) / b.stored()
         rates, empty_rates = [], []
         for _ in range(rounds):
             with bench() as empty:

@@ -99,20 +99,9 @@ class Bench:
 
     def stored(self) -> int:
         try:
-            return self._number("SELECT coalesce(max(seq), 0) FROM _event")
+            return _number(self.db, "SELECT coalesce(max(seq), 0) FROM _event")
         except sqlite3.OperationalError:
             return 0  # not made yet
-
-    def db_bytes(self) -> int:
-        """Of the database, with what is in its -wal still."""
-        return self._number(
-            "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
-        )
-
-    def _number(self, sql: str) -> int:
-        db = sqlite3.connect(f"file:{self.db}?mode=ro", uri=True)
-        with contextlib.closing(db):
-            return int(db.execute(sql).fetchone()[0])
 
     def close(self) -> None:
         for process in self.daemons.values():
@@ -132,6 +121,17 @@ def bench(*, daemons: Sequence[str] = ("bus", "collect")) -> Iterator[Bench]:
             yield made
         finally:
             made.close()
+
+
+def sqlite_bytes(path: Path) -> int:
+    """Of that database, with what is in its -wal still."""
+    return _number(path, "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size")
+
+
+def _number(path: Path, sql: str) -> int:
+    db = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    with contextlib.closing(db):
+        return int(db.execute(sql).fetchone()[0])
 
 
 def answer(process: subprocess.Popen[str]) -> Any:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
-from running import bench
+from running import bench, sqlite_bytes
 
 
 def storage(types: Iterable[str], count: int) -> dict[str, dict[str, float]]:
@@ -16,14 +15,6 @@ def storage(types: Iterable[str], count: int) -> dict[str, dict[str, float]]:
 def _one(event_type: str, count: int) -> dict[str, float]:
     with bench() as b:
         files = {"database": b.db, "journal": b.home / "journal.db"}
-        b.close()  # what is in a -wal goes to its file
-        empty = {name: path.stat().st_size for name, path in files.items()}
-        for name in ("bus", "collect"):
-            b.start_daemon(name)
+        empty = {name: sqlite_bytes(path) for name, path in files.items()}
         b.stored_rate(count, "--type", event_type)
-        b.close()
-        return {name: _grown(path, empty[name]) / count for name, path in files.items()}
-
-
-def _grown(path: Path, before: int) -> int:
-    return path.stat().st_size - before
+        return {name: (sqlite_bytes(path) - empty[name]) / count for name, path in files.items()}

@@ -13,6 +13,8 @@ import time
 import zmq
 from limits import canonical_lines
 
+POOL = 4_000
+
 
 def receive(seconds: float, lines_a_frame: int) -> float:
     socket = zmq.Context.instance().socket(zmq.PULL)
@@ -31,7 +33,7 @@ def receive(seconds: float, lines_a_frame: int) -> float:
 
 
 def send(port: int, lines_a_frame: int) -> None:
-    lines = [line + b"\n" for line in canonical_lines(20_000)]
+    lines = [line + b"\n" for line in canonical_lines(POOL)]
     frames = [b"".join(lines[i : i + lines_a_frame]) for i in range(0, len(lines), lines_a_frame)]
     socket = zmq.Context.instance().socket(zmq.PUSH)
     socket.connect(f"tcp://127.0.0.1:{port}")
