@@ -7,7 +7,7 @@ import contextlib
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import limits
 import machine
 import report
 import storage
-from running import bench
+from running import Bench, bench
 from sizes import FULL, SHORT, Sizes
 
 Results = dict[str, Any]
@@ -53,7 +53,7 @@ class Run:
         self._sizes = sizes
         self._sections = sections
         self._quick = quick
-        self._home: growth.Grown | None = None
+        self._largest: Bench | None = None
         self._closing = contextlib.ExitStack()
 
     def results(self) -> Results:
@@ -93,20 +93,26 @@ class Run:
     def growth(self) -> Results:
         """rate, latency, queries and memory as the database grows"""
         sizes = self._sizes
-        found = growth.growth(
-            self._grown(),
-            sizes.grown,
-            on_top=sizes.on_top,
-            rounds=sizes.rounds,
-            query_runs=sizes.query_runs,
-            latency_s=sizes.latency_s,
-        )
+        found = {}
+        for size in sizes.grown:
+            with self._grown(size) as home:
+                found[str(size)] = growth.growth(
+                    home,
+                    size,
+                    on_top=sizes.on_top,
+                    rounds=sizes.rounds,
+                    query_runs=sizes.query_runs,
+                    latency_s=sizes.latency_s,
+                )
         return {"growth": found}
 
     def startup(self) -> Results:
         """ready again after a crash with the largest database"""
-        sizes = self._sizes
-        return {"startup": growth.startup(self._grown(), sizes.grown[-1], sizes.restarts)}
+        size = self._sizes.grown[-1]
+        with self._grown(size) as home:
+            return {
+                "startup": {"events": size, "crashes": growth.startup(home, self._sizes.restarts)}
+            }
 
     def subscribers(self) -> Results:
         """the rate end to end with live subscribers"""
@@ -123,11 +129,16 @@ class Run:
         """bytes an event, by type"""
         return {"storage": storage.storage(self._sizes.types, self._sizes.of_a_type)}
 
-    def _grown(self) -> growth.Grown:
-        """Filled once for all sections that need it."""
-        if self._home is None:
-            self._home = self._closing.enter_context(growth.grown())
-        return self._home
+    @contextlib.contextmanager
+    def _grown(self, size: int) -> Iterator[Bench]:
+        """A home of that size; the largest is filled once for all sections that need it."""
+        if size < self._sizes.grown[-1]:
+            with growth.grown(size) as home:
+                yield home
+        else:
+            if self._largest is None:
+                self._largest = self._closing.enter_context(growth.grown(size))
+            yield self._largest
 
 
 SECTIONS: dict[str, Callable[[Run], Results]] = {

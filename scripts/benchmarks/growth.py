@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import latency
@@ -26,64 +26,45 @@ STATUS_S = 0.02
 CRASH_AFTER_EVENTS = 20_000
 
 
-class Grown:
-    """A home that is filled by publishing, further and further."""
-
-    def __init__(self, running: Bench) -> None:
-        self.running = running
-
-    def grow(self, size: int) -> None:
-        missing = size - self.running.stored()
-        if missing > 0:
-            self.running.stored_rate(missing, "--days", DAYS, timeout_s=FILL_TIMEOUT_S)
-
-
 @contextlib.contextmanager
-def grown() -> Iterator[Grown]:
+def grown(size: int) -> Iterator[Bench]:
+    """A home that was filled by publishing."""
     with bench() as b:
-        yield Grown(b)
+        b.stored_rate(size, "--first", "0", "--days", DAYS, timeout_s=FILL_TIMEOUT_S)
+        yield b
 
 
 def growth(
-    home: Grown,
-    sizes: Sequence[int],
-    *,
-    on_top: int,
-    rounds: int,
-    query_runs: int,
-    latency_s: float,
+    b: Bench, size: int, *, on_top: int, rounds: int, query_runs: int, latency_s: float
 ) -> dict[str, Any]:
-    """By size: queries in ms, memory, rates of more events there and in an empty home, in turn."""
-    found = {}
-    for size in sizes:
-        home.grow(size)
-        b = home.running
-        count = min(on_top, size)
-        queries = answer(b.start("queries.py", str(b.db), str(query_runs)))
-        bytes_an_event = sqlite_bytes(b.db) / b.stored()
-        rates, empty_rates = [], []
-        for _ in range(rounds):
-            with bench() as empty:
-                empty_rates.append(empty.stored_rate(count, "--days", DAYS))
-            rates.append(b.stored_rate(count, "--days", DAYS))
-        found[str(size)] = {
-            "rates": rates,
-            "empty_rates": empty_rates,
-            "stored_ms": latency.one(b, "stored", int(latency_s * LATENCY_RATE), LATENCY_RATE),
-            "queries_ms": {
-                kind: {name: statistics.median(ms) for name, ms in timed.items()}
-                for kind, timed in queries.items()
-            },
-            "bytes": bytes_an_event,
-            **b.rss_mb(),
-        }
-    return found
+    """Queries in ms, memory, and rates of more events there and in an empty home, in turn.
+
+    Where `b` is a grown home. What comes on top is of now, as in life: indexes grow at their ends.
+    """
+    queries = answer(b.start("queries.py", str(b.db), str(query_runs)))
+    bytes_an_event = sqlite_bytes(b.db) / b.stored()
+    count = min(on_top, size)
+    rates, empty_rates = [], []
+    for _ in range(rounds):
+        with bench() as empty:
+            empty_rates.append(empty.stored_rate(count, "--first", "0"))
+        rates.append(b.stored_rate(count, "--first", str(b.stored())))
+    return {
+        "rates": rates,
+        "empty_rates": empty_rates,
+        "stored_ms": latency.one(b, "stored", int(latency_s * LATENCY_RATE), LATENCY_RATE),
+        "queries_ms": {
+            kind: {name: statistics.median(ms) for name, ms in timed.items()}
+            for kind, timed in queries.items()
+        },
+        "bytes": bytes_an_event,
+        **b.rss_mb(),
+    }
 
 
-def startup(home: Grown, size: int, times: int) -> dict[str, Any]:
+def startup(b: Bench, times: int) -> list[dict[str, float]]:
     """Seconds that bus and collector take after a crash of both in the middle of publishing."""
-    home.grow(size)
-    return {"events": size, "crashes": [_crash(home.running) for _ in range(times)]}
+    return [_crash(b) for _ in range(times)]
 
 
 def _crash(b: Bench) -> dict[str, float]:

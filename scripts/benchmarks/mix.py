@@ -39,11 +39,11 @@ def events(count: int, seed: int = 1, *, event_type: str = "") -> list[Event]:
     return [(t, *_event(t, i, rng)) for i, t in enumerate([event_type or t for t in types])]
 
 
-def endless(pool: Sequence[Event]) -> Iterator[Event]:
-    """The pool again and again, with new trades each time: in a large database a correlation id
-    has a handful of events, as in life."""
-    for first in itertools.count(step=len(pool)):
-        for i, (event_type, data, fields) in enumerate(pool, first):
+def endless(pool: Sequence[Event], first: int) -> Iterator[Event]:
+    """The pool again and again from event number `first` on, with new trades each time: in a large
+    database a correlation id has a handful of events, as in life."""
+    for begin in itertools.count(first, step=len(pool)):
+        for i, (event_type, data, fields) in enumerate(pool, begin):
             if "correlation_id" in fields:
                 trade = i // EVENTS_A_TRADE
                 fields = fields | _traced(trade)

@@ -31,15 +31,18 @@ def main() -> None:
     parser.add_argument("rate", type=float, nargs="?", default=0.0)
     parser.add_argument("--away", action="store_true", help="there is no bus: wait for nothing")
     parser.add_argument("--type", default="", help="events of that type alone")
+    parser.add_argument("--first", type=int, help="new trades, from that event's on")
     parser.add_argument(
-        "--days", type=float, default=0.0, help="timestamps of so many days up to now, new trades"
+        "--days", type=float, default=0.0, help="timestamps of so many days up to now"
     )
     options = parser.parse_args()
     count, rate = options.count, options.rate
     pool = mix.events(min(count, 20_000), event_type=options.type)
     events: Iterator[mix.Event] = itertools.cycle(pool)
+    if options.first is not None:
+        events = mix.endless(pool, options.first)
     if options.days:
-        events = dated(mix.endless(pool), count, options.days * DAY_S)
+        events = dated(events, count, options.days * DAY_S)
     emit = event_bridge.emit
     emit("user_action", {"action": "warm_up"}, source="warm_up")
     if rate:  # the first call of each type compiles its schema
