@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import statistics
-import tempfile
-import time
-from collections.abc import Sequence
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import against
-import mix
-from running import bench, percentile
+import calls
+import charts
+import fanout
+import footprint
+import growth
+import latency
+import limits
+import machine
+import report
+import storage
+from running import Bench, bench
+from sizes import FULL, SHORT, Sizes
 
-from collector.store import Store
-from event_bus import envelope
-from event_bus.envelope import Envelope
-from event_bus.event_schema import Registry
-from event_bus.subscriber import Batch
-
-BATCH = 4_000
-BACK_TO_BACK = 1e9
+Results = dict[str, Any]
 
 
 def end_to_end(count: int) -> dict[str, float]:
@@ -42,137 +46,165 @@ def end_to_end(count: int) -> dict[str, float]:
         }
 
 
-def store_alone(count: int) -> float:
-    """Events/s at which the collector's store takes the same events from memory."""
-    token = envelope.new_producer()
-    lines = [
-        envelope.encode(
-            Envelope(
-                event_id=f"{token}-{i + 1}",
-                event_type=event_type,
-                timestamp=time.time(),
-                source="publisher",
-                data=data,
-                **fields,
-            )
-        )
-        for i, (event_type, data, fields) in enumerate(mix.events(min(count, 20_000)))
-    ]
-    pool = [
-        envelope.decode_lines(b"\n".join(lines[i : i + BATCH])) for i in range(0, len(lines), BATCH)
-    ]
-    with tempfile.TemporaryDirectory(prefix="bitten-bench-") as directory:
-        store = Store(Path(directory) / "bitten_events.db", Registry())
-        seq = 1
-        begin = time.monotonic()
-        while seq <= count:
-            events = pool[(seq // BATCH) % len(pool)]
-            store.write([Batch(seq, time.time(), events)], "bench")
-            seq += len(events)
-        elapsed = time.monotonic() - begin
-        store.close()
-    return (seq - 1) / elapsed
+class Run:
+    """The sections of one run. Each is a method that returns what it found, by name."""
+
+    def __init__(self, sizes: Sizes, sections: list[str], *, quick: bool) -> None:
+        self._sizes = sizes
+        self._sections = sections
+        self._quick = quick
+        self._largest: Bench | None = None
+        self._closing = contextlib.ExitStack()
+
+    def results(self) -> Results:
+        found: Results = {
+            "machine": machine.facts(),
+            "events": self._sizes.events,
+            "rounds": self._sizes.rounds,
+        }
+        with self._closing:
+            for name in self._sections:
+                print(f"measuring: {name} …", file=sys.stderr)
+                found |= SECTIONS[name](self)
+        return found
+
+    def end_to_end(self) -> Results:
+        """events/s from the bridge to SQLite, with the store alone in turn"""
+        runs, alone = [], []
+        for _ in range(self._sizes.rounds):  # interleaved, so that a slow minute slows both
+            runs.append(end_to_end(self._sizes.events))
+            alone.append(limits.store_alone(min(self._sizes.events, 300_000)))
+        return {"end_to_end": runs, "store_alone": alone}
+
+    def limits(self) -> Results:
+        """what pyzmq and the disk can do alone"""
+        return {"limits": limits.limits(self._sizes.limits_s)}
+
+    def calls(self) -> Results:
+        """a bridge call in the caller's thread: bus up, away, and the spool filling"""
+        return {"calls": calls.calls(self._sizes.calls, self._sizes.call_processes)}
+
+    def latency(self) -> Results:
+        """from the bridge call to a subscriber and to SQLite, by rate"""
+        rates = (1_000,) if self._quick else self._sizes.rates
+        sizes = self._sizes
+        return {"latency": latency.latency(rates, sizes.latency_s, sizes.latency_events)}
+
+    def growth(self) -> Results:
+        """rate, latency, queries and memory as the database grows"""
+        sizes = self._sizes
+        found = {}
+        for size in sizes.grown:
+            with self._grown(size) as home:
+                found[str(size)] = growth.growth(
+                    home,
+                    size,
+                    on_top=sizes.on_top,
+                    rounds=sizes.rounds,
+                    query_runs=sizes.query_runs,
+                    latency_s=sizes.latency_s,
+                )
+        return {"growth": found}
+
+    def startup(self) -> Results:
+        """ready again after a crash with the largest database"""
+        size = self._sizes.grown[-1]
+        with self._grown(size) as home:
+            return {
+                "startup": {"events": size, "crashes": growth.startup(home, self._sizes.restarts)}
+            }
+
+    def subscribers(self) -> Results:
+        """the rate end to end with live subscribers"""
+        sizes = self._sizes
+        return {
+            "subscribers": fanout.subscribers(sizes.subscribers, sizes.fanned_out, sizes.rounds)
+        }
+
+    def load(self) -> Results:
+        """memory and processor time of the daemons"""
+        return {"load": footprint.load(self._sizes.load_s, self._sizes.events)}
+
+    def storage(self) -> Results:
+        """bytes an event, by type"""
+        return {"storage": storage.storage(self._sizes.types, self._sizes.of_a_type)}
+
+    @contextlib.contextmanager
+    def _grown(self, size: int) -> Iterator[Bench]:
+        """A home of that size; the largest is filled once for all sections that need it."""
+        if size < self._sizes.grown[-1]:
+            with growth.grown(size) as home:
+                yield home
+        else:
+            if self._largest is None:
+                self._largest = self._closing.enter_context(growth.grown(size))
+            yield self._largest
 
 
-def call_times(count: int, rate: float, *, away: bool) -> dict[str, float]:
-    """Microseconds that a bridge call takes in the caller's thread."""
-    with bench(daemons=() if away else ("bus", "collect")) as b:
-        arguments = [str(count), str(rate), *(["--away"] if away else [])]
-        ns = b.publish(*arguments)["call_ns"]
-    return {f"p{p:g}": percentile(ns, p) / 1000 for p in (50, 99, 99.9)}
-
-
-def latency(kind: str, count: int, rate: float) -> dict[str, float]:
-    """Milliseconds from a bridge call to the subscriber's hands."""
-    with bench() as b:
-        subscriber = b.start("subscriber.py", kind, str(count))
-        assert subscriber.stdout is not None
-        subscriber.stdout.readline()
-        b.publish(str(count), str(rate))
-        seconds = json.loads(subscriber.communicate()[0])
-    return {f"p{p:g}": percentile(seconds, p) * 1000 for p in (50, 99)}
-
-
-def idle(seconds: float) -> dict[str, float]:
-    """Percent of one core that each daemon takes while nothing happens."""
-    with bench() as b:
-        for p in b.daemons.values():
-            p.cpu_percent()
-        time.sleep(seconds)
-        return {name: p.cpu_percent() for name, p in b.daemons.items()}
+SECTIONS: dict[str, Callable[[Run], Results]] = {
+    "end_to_end": Run.end_to_end,
+    "limits": Run.limits,
+    "calls": Run.calls,
+    "latency": Run.latency,
+    "growth": Run.growth,
+    "startup": Run.startup,
+    "subscribers": Run.subscribers,
+    "load": Run.load,
+    "storage": Run.storage,
+}
+QUICK = ["end_to_end", "calls", "latency"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--short", action="store_true", help="a minute, for checking that it works")
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
+    parser.add_argument("--short", action="store_true", help="a minute, to see that it works")
+    parser.add_argument("--list", action="store_true", help="name the sections")
+    parser.add_argument(
+        "--only", nargs="+", choices=SECTIONS, metavar="NAME", help="measure these sections"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="what --against compares: " + ", ".join(QUICK)
+    )
     parser.add_argument("--events", type=int, help="events a round end to end")
     parser.add_argument("--rounds", type=int, help="rounds; medians are shown")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
+    parser.add_argument("--svg", type=Path, metavar="DIR", help="draw charts into that directory")
+    parser.add_argument(
+        "--from",
+        dest="earlier",
+        type=Path,
+        metavar="JSON",
+        help="show an earlier run, measure nothing",
+    )
     parser.add_argument("--against", metavar="REV", help="compare with that revision, in turn")
     options = parser.parse_args()
+    if options.list:
+        for name, section in SECTIONS.items():
+            print(f"{name:<12} {section.__doc__}")
+        return
     if options.against:
         size = ["--short"] if options.short else []
         size += ["--events", str(options.events)] if options.events else []
-        against.compare(options.against, options.rounds or (1 if options.short else 5), size)
+        sections = ["--only", *options.only] if options.only else []
+        rounds = options.rounds or (1 if options.short else 5)
+        against.compare(options.against, rounds, size, sections)
         return
-    count = options.events or (50_000 if options.short else 1_000_000)
-    rounds = options.rounds or (1 if options.short else 3)
-    calls = 5_000 if options.short else 50_000
-    results: dict[str, Any] = {"events": count, "rounds": rounds}
-    runs, alone = [], []
-    for _ in range(rounds):  # interleaved, so that a slow minute slows both
-        runs.append(end_to_end(count))
-        alone.append(store_alone(min(count, 300_000)))
-    results["end_to_end"] = runs
-    results["store_alone"] = alone
-    results["call_tight"] = call_times(calls, BACK_TO_BACK, away=False)
-    results["call_up"] = call_times(calls, 5_000, away=False)
-    results["call_away"] = call_times(calls, 5_000, away=True)
-    results["to_sub_socket"] = latency("pub", calls // 5, 1_000)
-    results["to_subscriber"] = latency("fetch", calls // 5, 1_000)
-    results["idle"] = idle(3 if options.short else 20)
-    _print(results)
+    if options.earlier:
+        results = json.loads(options.earlier.read_text(encoding="utf-8"))
+    else:
+        # The daemons that are measured end with this process, whoever ends it.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        sizes = SHORT if options.short else FULL
+        given = {"events": options.events, "rounds": options.rounds}
+        sizes = replace(sizes, **{name: n for name, n in given.items() if n})
+        sections = options.only or (QUICK if options.quick else list(SECTIONS))
+        results = Run(sizes, sections, quick=options.quick).results()
+    print(report.text(results))
     if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
-
-
-def _print(results: dict[str, Any]) -> None:
-    runs = results["end_to_end"]
-
-    def spread(values: Sequence[float], form: str = ",.0f") -> str:
-        middle = statistics.median(values)
-        return f"{middle:{form}}  ({min(values):{form}} to {max(values):{form}})"
-
-    rate = [r["rate"] for r in runs]
-    alone = results["store_alone"]
-    ratio = [a / b for a, b in zip(rate, alone, strict=True)]
-    up, away = results["call_up"], results["call_away"]
-    pub, fetch = results["to_sub_socket"], results["to_subscriber"]
-    rows = [
-        ("end to end, fsync before ack, events/s", spread(rate)),
-        ("  acknowledged, events/s", spread([r["acked_rate"] for r in runs])),
-        ("store alone from memory, events/s", spread(alone)),
-        ("  end to end / store alone", spread(ratio, ".2f")),
-        ("database, bytes an event", spread([r["bytes"] for r in runs], ".1f")),
-        ("bus after the run, MB", spread([r["bus_mb"] for r in runs], ".1f")),
-        ("collector after the run, MB", spread([r["collector_mb"] for r in runs], ".1f")),
-        ("bridge call back to back, µs", _percentiles(results["call_tight"])),
-        ("bridge call at 5,000/s, bus up, µs", _percentiles(up)),
-        ("bridge call at 5,000/s, bus away, µs", _percentiles(away)),
-        ("publish to SUB socket at 1,000/s, ms", _percentiles(pub, ".2f")),
-        ("publish to Subscriber at 1,000/s, ms", _percentiles(fetch, ".2f")),
-        (
-            "idle, percent of a core",
-            f"bus {results['idle']['bus']:.1f}  collector {results['idle']['collect']:.1f}",
-        ),
-    ]
-    print(f"{results['events']:,} events a round, {results['rounds']} rounds: median (min to max)")
-    for name, value in rows:
-        print(f"{name:<42} {value}")
-
-
-def _percentiles(values: dict[str, float], form: str = ".1f") -> str:
-    return "  ".join(f"{name} {value:{form}}" for name, value in values.items())
+        options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if options.svg:
+        for path in charts.draw(results, options.svg):
+            print(f"drawn: {path}", file=sys.stderr)
 
 
 main()

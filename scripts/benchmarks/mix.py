@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 SYMBOLS = (
@@ -27,20 +29,44 @@ Event = tuple[str, dict[str, Any], dict[str, Any]]
 """Event type, data, and the other arguments of a bridge call."""
 
 
-def events(count: int, seed: int = 1) -> list[Event]:
-    """`count` events of the mix; the same for the same seed."""
+EVENTS_A_TRADE = 40
+
+
+def events(count: int, seed: int = 1, *, event_type: str = "") -> list[Event]:
+    """`count` events of the mix, or of one type of it; the same for the same seed."""
     rng = random.Random(seed)
     types = rng.choices(list(SHARES), weights=list(SHARES.values()), k=count)
-    return [(t, *_event(t, i, rng)) for i, t in enumerate(types)]
+    return [(t, *_event(t, i, rng)) for i, t in enumerate([event_type or t for t in types])]
+
+
+def endless(pool: Sequence[Event], first: int) -> Iterator[Event]:
+    """The pool again and again from event number `first` on, with new trades each time: in a large
+    database a correlation id has a handful of events, as in life."""
+    for begin in itertools.count(first, step=len(pool)):
+        for i, (event_type, data, fields) in enumerate(pool, begin):
+            if "correlation_id" in fields:
+                trade = i // EVENTS_A_TRADE
+                fields = fields | _traced(trade)
+                data = data | {name: value for name, value in _ids(trade).items() if name in data}
+            yield event_type, data, fields
+
+
+def _traced(trade: int) -> dict[str, Any]:
+    return {"correlation_id": f"trade-{trade:07d}"}
+
+
+def _ids(trade: int) -> dict[str, Any]:
+    return {"signal_id": f"SIG_{trade}", "fire_id": f"FIRE_{trade}"}
 
 
 def _event(event_type: str, i: int, rng: random.Random) -> tuple[dict[str, Any], dict[str, Any]]:
     symbol = rng.choice(SYMBOLS)
     price = round(rng.uniform(0.5, 2.0), 5)
     direction = rng.choice(("BUY", "SELL"))
-    trade = i // 40  # what a trade touches carries the same correlation id
+    trade = i // EVENTS_A_TRADE  # what a trade touches carries the same correlation id
     user = {"user_id": f"u_{rng.randrange(USERS)}"}
-    traced = {"correlation_id": f"trade-{trade:07d}"}
+    traced = _traced(trade)
+    ids = _ids(trade)
     confidence = round(rng.uniform(50, 99), 1)
     match event_type:
         case "market_data":
@@ -51,7 +77,7 @@ def _event(event_type: str, i: int, rng: random.Random) -> tuple[dict[str, Any],
             return {"pattern_type": pattern, "symbol": symbol, "confidence": confidence}, {}
         case "signal_generated":
             return {
-                "signal_id": f"SIG_{trade}",
+                "signal_id": ids["signal_id"],
                 "symbol": symbol,
                 "direction": direction,
                 "confidence": confidence,
@@ -59,15 +85,15 @@ def _event(event_type: str, i: int, rng: random.Random) -> tuple[dict[str, Any],
             }, traced
         case "fire_command":
             return {
-                "fire_id": f"FIRE_{trade}",
-                "signal_id": f"SIG_{trade}",
+                "fire_id": ids["fire_id"],
+                "signal_id": ids["signal_id"],
                 "symbol": symbol,
                 "direction": direction,
                 "lot_size": 0.1,
             }, user | traced
         case "trade_executed":
             return {
-                "fire_id": f"FIRE_{trade}",
+                "fire_id": ids["fire_id"],
                 "ticket": 88_000_000 + i,
                 "symbol": symbol,
                 "volume": 0.1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,27 +40,51 @@ class Bench:
             "BITTEN_EVENTS_URL": f"tcp://127.0.0.1:{free_port()}",
             "BITTEN_INGRESS_URL": f"tcp://127.0.0.1:{free_port()}",
         }
-        self.daemons = {
-            name: psutil.Popen(
-                [sys.executable, "-m", "event_bus", name],
-                env=self.environ,
-                stderr=subprocess.DEVNULL,
-            )
-            for name in daemons
-        }
+        self.daemons: dict[str, psutil.Popen] = {}
+        for name in daemons:
+            self.start_daemon(name)
+
+    def start_daemon(self, name: str) -> None:
+        self.daemons[name] = psutil.Popen(
+            [sys.executable, "-m", "event_bus", name],
+            env=self.environ,
+            stderr=subprocess.DEVNULL,
+        )
 
     def start(self, script: str, *argv: str) -> subprocess.Popen[str]:
+        """Start a script of this folder, its stdin and stdout piped."""
         return subprocess.Popen(
             [sys.executable, str(HERE / script), *argv],
             env=self.environ,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
 
+    def start_ready(self, script: str, *argv: str) -> subprocess.Popen[str]:
+        """Start a script and wait for its first line, which says that it is ready."""
+        process = self.start(script, *argv)
+        assert process.stdout is not None
+        if not process.stdout.readline():
+            raise SystemExit(f"{script} ended before it was ready")
+        return process
+
     def publish(self, *argv: str) -> dict[str, Any]:
-        process = self.start("publisher.py", *argv)
-        result: dict[str, Any] = json.loads(process.communicate()[0])
-        return result
+        return answer(self.start("publisher.py", *argv))
+
+    def stored_rate(self, count: int, *argv: str, timeout_s: float = 120.0) -> float:
+        """Publish that many events on top of what is stored; events/s to the last commit."""
+        before = self.stored()
+        published = self.publish(str(count), *argv)
+        return count / (self.wait_stored(before + count + 1, timeout_s) - published["started"])
+
+    def rss_mb(self) -> dict[str, float]:
+        return {f"{name}_mb": p.memory_info().rss / 1e6 for name, p in self.daemons.items()}
+
+    def cpu_s(self) -> dict[str, float]:
+        """Seconds of a core that each daemon has taken so far."""
+        times = {name: p.cpu_times() for name, p in self.daemons.items()}
+        return {name: t.user + t.system for name, t in times.items()}
 
     def wait_stored(self, count: int, timeout_s: float = 120.0) -> float:
         """Unix seconds at which the database held that many events."""
@@ -74,9 +99,7 @@ class Bench:
 
     def stored(self) -> int:
         try:
-            db = sqlite3.connect(f"file:{self.db}?mode=ro", uri=True)
-            with contextlib.closing(db):
-                return int(db.execute("SELECT coalesce(max(seq), 0) FROM _event").fetchone()[0])
+            return _number(self.db, "SELECT coalesce(max(seq), 0) FROM _event")
         except sqlite3.OperationalError:
             return 0  # not made yet
 
@@ -98,6 +121,31 @@ def bench(*, daemons: Sequence[str] = ("bus", "collect")) -> Iterator[Bench]:
             yield made
         finally:
             made.close()
+
+
+def sqlite_bytes(path: Path) -> int:
+    """Of that database, with what is in its -wal still."""
+    return _number(path, "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size")
+
+
+def _number(path: Path, sql: str) -> int:
+    db = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    with contextlib.closing(db):
+        return int(db.execute(sql).fetchone()[0])
+
+
+def answer(process: subprocess.Popen[str]) -> Any:
+    """What a script that we started prints at its end."""
+    printed, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"{process.args} failed with exit code {process.returncode}")
+    return json.loads(printed)
+
+
+def percentiles(values: Iterable[float], *which: float, scale: float = 1.0) -> dict[str, float]:
+    """Such as {"p50": …, "p99.9": …}; NaN of no values."""
+    ordered = sorted(values)
+    return {f"p{p:g}": percentile(ordered, p) * scale if ordered else math.nan for p in which}
 
 
 def percentile(ordered: Sequence[float], p: float) -> float:
