@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ from typing import Any
 
 import against
 import mix
+import side_by_side
 from running import bench, percentile
 
 from collector.store import Store
@@ -25,18 +28,23 @@ BATCH = 4_000
 BACK_TO_BACK = 1e9
 
 
-def end_to_end(count: int) -> dict[str, float]:
+def end_to_end(count: int, publishers: int = 1) -> dict[str, float]:
     """Events/s from the first publish to the last commit, and what is left behind."""
     with bench() as b:
         before = b.stored()
-        published = b.publish(str(count))
-        stored_at = b.wait_stored(before + count + 1)
+        each = count // publishers
+        count = each * publishers
+        published = b.publish_together([[str(each)]] * publishers)
+        started = min(p["started"] for p in published)
+        acked_at = max(p["started"] + p["acked_after_s"] for p in published)
+        warm_up = publishers
+        stored_at = b.wait_stored(before + count + warm_up)
         memory = {name: p.memory_info().rss / 1e6 for name, p in b.daemons.items()}
         b.close()
         return {
-            "rate": count / (stored_at - published["started"]),
-            "acked_rate": count / published["acked_after_s"],
-            "bytes": b.db.stat().st_size / (before + count + 1),
+            "rate": count / (stored_at - started),
+            "acked_rate": count / (acked_at - started),
+            "bytes": b.db.stat().st_size / (before + count + warm_up),
             "bus_mb": memory["bus"],
             "collector_mb": memory["collect"],
         }
@@ -109,7 +117,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="rounds; medians are shown")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
     parser.add_argument("--against", metavar="REV", help="compare with that revision, in turn")
+    parser.add_argument("--no-peers", action="store_true", help="measure no other system")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is stopped then
     if options.against:
         size = ["--short"] if options.short else []
         size += ["--events", str(options.events)] if options.events else []
@@ -132,6 +142,9 @@ def main() -> None:
     results["to_subscriber"] = latency("fetch", calls // 5, 1_000)
     results["idle"] = idle(3 if options.short else 20)
     _print(results)
+    if not options.no_peers:
+        results["peers"] = side_by_side.measure(end_to_end, min(count, 300_000), rounds)
+        side_by_side.show(results["peers"])
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
 

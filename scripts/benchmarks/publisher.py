@@ -1,7 +1,8 @@
 """A publisher process: `python publisher.py COUNT [RATE]`; prints what it measured as JSON.
 
 Without a rate it publishes as fast as the bus acknowledges; its calls are not timed. With a rate
-(events/s) it is paced, and each bridge call is timed.
+(events/s) it is paced, and each bridge call is timed. It says "ready" once it is warm, after an
+event of its own, and begins when it is sent a line.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ def main() -> None:
     emit = event_bridge.emit
     emit("user_action", {"action": "warm_up"})
     event_bridge.flush(2.0)
+    print("ready", flush=True)
+    if not sys.stdin.readline():
+        return  # nobody wants it any more
     call_ns = []
     started = time.time()
     begin = time.monotonic()

@@ -52,14 +52,27 @@ class Bench:
         return subprocess.Popen(
             [sys.executable, str(HERE / script), *argv],
             env=self.environ,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
 
     def publish(self, *argv: str) -> dict[str, Any]:
-        process = self.start("publisher.py", *argv)
-        result: dict[str, Any] = json.loads(process.communicate()[0])
-        return result
+        (measured,) = self.publish_together([argv])
+        return measured
+
+    def publish_together(self, each: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+        """What each publisher measured; none of them begins before all are warm."""
+        processes = [self.start("publisher.py", *argv) for argv in each]
+        for process in processes:
+            assert process.stdout is not None
+            if process.stdout.readline() != "ready\n":
+                raise SystemExit("a publisher did not start")
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        return [json.loads(process.communicate()[0]) for process in processes]
 
     def wait_stored(self, count: int, timeout_s: float = 120.0) -> float:
         """Unix seconds at which the database held that many events."""
