@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 CONSUMER = "data_collector"
 FEW_EVENTS = 200
 GATHER_S = 0.01
-"""After a few events, before more are asked for: these are then stored together, which takes a third
+"""After a few events, before more are asked for: these are then stored together, with a third
 of the collector's CPU at 1,000 events/s (`scripts/bench`)."""
 
 SYNC_S = 0.25

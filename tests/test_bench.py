@@ -23,6 +23,7 @@ SECTIONS = {
         "end_to_end": {"rate", "acked_rate", "bytes", "bus_mb", "collector_mb"},
         "store_alone": None,
     },
+    "peers": {"publishers": {"1", "4"}, "peers": None, "missing": None},
     "limits": {"limits": {"transfer_single", "transfer_batched", "fsync"}},
     "calls": {"calls": {"back_to_back", "paced"}},
     "latency": {"latency": {"socket", "subscriber", "stored"}},
@@ -62,8 +63,9 @@ MADE_UP: dict[str, Any] = {
         for r in (100_000.0, 110_000.0)
     ],
     "store_alone": [150_000.0, 160_000.0],
+    "missing": {"another": "it is not installed"},
     "peers": {"Redis Streams, AOF everysec": [40_000.0, 41_000.0], "the plain way": [1e3, 1e3]},
-    "publishers": {"1": [100.0, 100.0], "4": [90.0, 90.0]},
+    "publishers": {"1": [100_000.0, 110_000.0], "4": [90_000.0, 99_000.0]},
     "calls": {
         pace: {"up": CALL, "away": CALL, "filling": CALL, "dropped_while_away": 0}
         for pace in ("back_to_back", "paced")
@@ -116,7 +118,7 @@ def test_section_measures(section: str, tmp_path: Path) -> None:
         first = found[0] if isinstance(found, list) else found
         assert keys is None or set(first) == keys
         figures = against.flat(found, name)
-        assert figures
+        assert figures or name == "missing"
         assert not [figure for figure in figures.values() if not figure >= 0]
     assert "\ntargets\n" in done.stdout
 
@@ -154,6 +156,7 @@ def test_figure_on_the_wrong_side_of_its_target_is_missed() -> None:
     slow = json.loads(json.dumps(MADE_UP))
     slow["growth"]["10000000"]["queries_ms"]["seed"]["events"] = 50.1
     slow["calls"]["paced"]["filling"]["p99.9"] = 501.0
+    slow["publishers"] = {"1": [1_000.0] * 2, "4": [900.0] * 2}
     slow["end_to_end"] = [run | {"rate": 1_000.0} for run in slow["end_to_end"]]
     changed = {
         name for name, verdict in verdicts(slow).items() if verdict != verdicts(MADE_UP)[name]

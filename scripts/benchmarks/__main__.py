@@ -22,6 +22,7 @@ import latency
 import limits
 import machine
 import report
+import side_by_side
 import storage
 from running import Bench, bench
 from sizes import FULL, SHORT, Sizes
@@ -29,18 +30,23 @@ from sizes import FULL, SHORT, Sizes
 Results = dict[str, Any]
 
 
-def end_to_end(count: int) -> dict[str, float]:
+def end_to_end(count: int, publishers: int = 1) -> dict[str, float]:
     """Events/s from the first publish to the last commit, and what is left behind."""
     with bench() as b:
         before = b.stored()
-        published = b.publish(str(count))
-        stored_at = b.wait_stored(before + count + 1)
+        each = count // publishers
+        count = each * publishers
+        published = b.publish_together([[str(each)]] * publishers)
+        started = min(p["started"] for p in published)
+        acked_at = max(p["started"] + p["acked_after_s"] for p in published)
+        total = before + count + publishers  # each had one event more, to be warm
+        stored_at = b.wait_stored(total)
         memory = {name: p.memory_info().rss / 1e6 for name, p in b.daemons.items()}
         b.close()
         return {
-            "rate": count / (stored_at - published["started"]),
-            "acked_rate": count / published["acked_after_s"],
-            "bytes": b.db.stat().st_size / (before + count + 1),
+            "rate": count / (stored_at - started),
+            "acked_rate": count / (acked_at - started),
+            "bytes": b.db.stat().st_size / total,
             "bus_mb": memory["bus"],
             "collector_mb": memory["collect"],
         }
@@ -75,6 +81,10 @@ class Run:
             runs.append(end_to_end(self._sizes.events))
             alone.append(limits.store_alone(min(self._sizes.events, 300_000)))
         return {"end_to_end": runs, "store_alone": alone}
+
+    def peers(self) -> Results:
+        """other systems that do the same work, in turn with one and four publishers of this one"""
+        return side_by_side.measure(end_to_end, self._sizes.side_by_side, self._sizes.rounds)
 
     def limits(self) -> Results:
         """what pyzmq and the disk can do alone"""
@@ -143,6 +153,7 @@ class Run:
 
 SECTIONS: dict[str, Callable[[Run], Results]] = {
     "end_to_end": Run.end_to_end,
+    "peers": Run.peers,
     "limits": Run.limits,
     "calls": Run.calls,
     "latency": Run.latency,

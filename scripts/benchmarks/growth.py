@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import latency
-from running import Bench, answer, bench, sqlite_bytes
+from running import Bench, answer, bench, let_begin, sqlite_bytes
 
 from event_bus.errors import BusUnavailable
 from event_bus.protocol import Client
@@ -69,7 +69,8 @@ def startup(b: Bench, times: int) -> list[dict[str, float]]:
 
 def _crash(b: Bench) -> dict[str, float]:
     """Kill both while events come, and start both again, as their supervisor does."""
-    publisher = b.start("publisher.py", "1000000000")
+    publisher = b.start_ready("publisher.py", "1000000000")
+    let_begin(publisher)
     b.wait_stored(b.stored() + CRASH_AFTER_EVENTS)
     for daemon in b.daemons.values():
         daemon.kill()

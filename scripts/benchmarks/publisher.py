@@ -4,6 +4,8 @@ measured.
 Without a rate it publishes as fast as the bus acknowledges; its calls are not timed. With a rate
 (events/s) it is paced, and each bridge call is timed. It looks at the clock every half millisecond:
 above 2,000/s events come in bursts.
+
+It says "ready" once it is warm, after an event of its own, and begins when it is sent a line.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 import time
 from collections.abc import Iterable, Iterator
 
@@ -50,6 +53,9 @@ def main() -> None:
             emit(event_type, data, **fields, source="warm_up")
     if not options.away:
         event_bridge.flush(2.0)
+    print("ready", flush=True)
+    if not sys.stdin.readline():
+        return  # nobody wants it any more
     call_ns: list[int] = []
     spooling_from = count
     started = time.time()

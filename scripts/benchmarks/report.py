@@ -58,14 +58,21 @@ def _end_to_end(results: Results) -> Iterator[Row]:
     yield "  database, bytes an event", _spread([r["bytes"] for r in runs], ".1f")
     yield "  bus after the run, MB", _spread([r["bus_mb"] for r in runs], ".1f")
     yield "  collector after the run, MB", _spread([r["collector_mb"] for r in runs], ".1f")
-    for name, rates in results.get("publishers", {}).items():
-        yield f"  {name} publishers, events/s", _spread(rates)
 
 
 def _peers(results: Results) -> Iterator[Row]:
-    yield "others, events/s", ""
+    ours = results["publishers"]["1"]
+    yield "first publish to last commit in SQLite, events/s", "this bus with one publisher / it"
+    for number, rates in results["publishers"].items():
+        yield f"  this bus, publishers: {number}", _beside(ours, rates)
     for name, rates in results["peers"].items():
-        yield f"  {name}", _spread(rates)
+        yield f"  {name}", _beside(ours, rates)
+    for name, reason in results["missing"].items():
+        yield f"  {name}", f"not measured: {reason}"
+
+
+def _beside(ours: Sequence[float], rates: Sequence[float]) -> str:
+    return f"{_spread(rates):<36} {targets.ratio(ours, rates):.2f}"
 
 
 def _store_alone(results: Results) -> Iterator[Row]:

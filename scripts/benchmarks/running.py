@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import secrets
 import signal
 import socket
 import sqlite3
@@ -23,9 +24,12 @@ HERE = Path(__file__).parent
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A port that no connection is given by the kernel meanwhile: those are above 32,767."""
+    while True:
+        port = secrets.choice(range(10_000, 32_768))
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 class Bench:
@@ -70,7 +74,15 @@ class Bench:
         return process
 
     def publish(self, *argv: str) -> dict[str, Any]:
-        return answer(self.start("publisher.py", *argv))
+        (measured,) = self.publish_together([argv])
+        return measured
+
+    def publish_together(self, each: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+        """What each publisher measured; none of them begins before all are warm."""
+        processes = [self.start_ready("publisher.py", *argv) for argv in each]
+        for process in processes:
+            let_begin(process)
+        return [answer(process) for process in processes]
 
     def stored_rate(self, count: int, *argv: str, timeout_s: float = 120.0) -> float:
         """Publish that many events on top of what is stored; events/s to the last commit."""
@@ -132,6 +144,12 @@ def _number(path: Path, sql: str) -> int:
     db = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
     with contextlib.closing(db):
         return int(db.execute(sql).fetchone()[0])
+
+
+def let_begin(publisher: subprocess.Popen[str]) -> None:
+    assert publisher.stdin is not None
+    publisher.stdin.write("go\n")
+    publisher.stdin.flush()
 
 
 def answer(process: subprocess.Popen[str]) -> Any:

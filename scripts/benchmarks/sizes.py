@@ -12,6 +12,9 @@ class Sizes:
     events: int
     """A round, end to end."""
 
+    side_by_side: int
+    """A round of each of the systems that are compared."""
+
     rounds: int
     calls: int
     call_processes: int
@@ -36,6 +39,7 @@ class Sizes:
 
 FULL = Sizes(
     events=1_000_000,
+    side_by_side=300_000,
     rounds=3,
     calls=50_000,
     call_processes=8,
@@ -56,6 +60,7 @@ FULL = Sizes(
 
 SHORT = Sizes(
     events=50_000,
+    side_by_side=50_000,
     rounds=1,
     calls=5_000,
     call_processes=1,

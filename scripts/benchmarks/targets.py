@@ -57,7 +57,7 @@ def _against_peer(*words: str) -> Callable[[Results], float]:
     def read(results: Results) -> float:
         for name, theirs in results["peers"].items():
             if all(word in name.lower() for word in words):
-                return ratio(rates(results), theirs)
+                return ratio(results["publishers"]["1"], theirs)
         raise KeyError(words)
 
     return read
