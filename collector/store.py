@@ -281,8 +281,15 @@ class Store:
         token, first_n = _split_id(ids[0])
         if token is not None and isinstance(first_n, int):
             ns = range(first_n, first_n + len(ids))
-            if ids == [f"{token}-{n}" for n in ns]:
+            if ids == [f"{token}-{n}" for n in ns]:  # one process's, as most batches are
                 return [self._names[token]] * len(ids), ns
+        heads = [i[:21] for i in ids]
+        tails = [i[21:] for i in ids]
+        producers = {h: self._names[h[:20]] for h in set(heads) if h[20:] == "-"}
+        if len(producers) == len(set(heads)) and all(map(str.isdecimal, tails)):
+            numbers = list(map(int, tails))
+            if list(map(str, numbers)) == tails and min(numbers) > 0 and max(numbers) < 1 << 63:
+                return [producers[h] for h in heads], numbers
         split = [_split_id(i) for i in ids]
         return [self._names[token] for token, _ in split], [n for _, n in split]
 
