@@ -38,7 +38,7 @@ from event_bus.zap import Zap, key_of
 log = logging.getLogger(__name__)
 
 DRAIN_S = 5.0
-MAX_GROUP_BYTES = 2 << 20
+MAX_GROUP_BYTES = 1 << 20
 MAX_GROUP_MESSAGES = 512
 MAX_REQUEST_ID_BYTES = 64
 

@@ -95,16 +95,15 @@ class Intake:
         receipt = Receipt()
         if report is not None and len(report) > MAX_REPORT_BYTES:
             report = None
-        if batch.count(b"\n") > MAX_BATCH_LINES:
+        events = envelope.decode_canonical(batch)
+        if events and rights and not all(rights.may_publish(e.event_type) for e in events):
+            events = None
+        if events and len(events) <= MAX_BATCH_LINES and self._take_whole(batch, events, report):
+            receipt.accepted = len(events)
+        elif batch.count(b"\n") > MAX_BATCH_LINES:
             self._refuse_whole(batch, receipt)
         else:
-            events = envelope.decode_canonical(batch)
-            if events and rights and not all(rights.may_publish(e.event_type) for e in events):
-                events = None
-            if events and self._take_whole(batch, events, report):
-                receipt.accepted = len(events)
-            else:
-                self._take_lines(batch, report, receipt, rights)
+            self._take_lines(batch, report, receipt, rights)
         self.totals.accepted += receipt.accepted
         self.totals.duplicates += receipt.duplicates
         self.totals.rejected += receipt.rejected

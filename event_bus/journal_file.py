@@ -135,6 +135,7 @@ class JournalFile:
     def _connect(self) -> None:
         self._db = database.connect(self.path)
         self._db.execute("PRAGMA synchronous=FULL")
+        self._db.execute("PRAGMA cache_size=-500")  # batches are read once
         # SQLite's own checkpoints after a commit do not tell of a sync that failed.
         self._wal_pages, self._checkpoint_at = 0, CHECKPOINT_PAGES
         self._notes_more = False

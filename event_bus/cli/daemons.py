@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import logging
 import signal
@@ -13,7 +12,6 @@ from event_bus.broker import Broker
 from event_bus.pm2 import notify_ready
 from event_bus.ports import raise_descriptor_limit
 from event_bus.settings import Settings
-from event_bus.supervisor import Supervisor
 
 log = logging.getLogger("bitten.bus")
 
@@ -59,6 +57,10 @@ def up(settings: Settings) -> None:
     BITTEN_HOME=/tmp/try BITTEN_EVENTS_URL=tcp://127.0.0.1:6570 \\
         BITTEN_INGRESS_URL=tcp://127.0.0.1:6571 bitten up       a second one, to play with
     """
+    import asyncio  # 3 MB that the bus itself has no use for
+
+    from event_bus.supervisor import Supervisor
+
     settings.make_home()
     click.echo(f"bitten: home {settings.home}, database {settings.db}; Ctrl-C stops", err=True)
     asyncio.run(Supervisor(settings).run())
