@@ -20,11 +20,15 @@ BENCH = ROOT / "scripts" / "benchmarks"
 
 SECTIONS = {
     "end_to_end": {
-        "end_to_end": {"rate", "acked_rate", "bytes", "bus_mb", "collector_mb"},
+        "end_to_end": {
+            *("rate", "acked_rate", "bytes", "bus_mb", "collector_mb"),
+            *("publisher_us", "bus_us", "collector_us"),
+        },
         "store_alone": None,
     },
     "peers": {"publishers": {"1", "4"}, "peers": None, "missing": None},
     "limits": {"limits": {"transfer_single", "transfer_batched", "fsync"}},
+    "parts": {"parts": None},
     "calls": {"calls": {"back_to_back", "paced"}},
     "latency": {"latency": {"socket", "subscriber", "stored"}},
     "growth": {"growth": {"2000", "20000"}},
@@ -60,6 +64,7 @@ MADE_UP: dict[str, Any] = {
     "rounds": 2,
     "end_to_end": [
         {"rate": r, "acked_rate": r, "bytes": 99.0, "bus_mb": 45.0, "collector_mb": 50.0}
+        | {"publisher_us": 5.0, "bus_us": 3.0, "collector_us": 6.0}
         for r in (100_000.0, 110_000.0)
     ],
     "store_alone": [150_000.0, 160_000.0],

@@ -21,6 +21,7 @@ import growth
 import latency
 import limits
 import machine
+import parts
 import report
 import side_by_side
 import storage
@@ -36,15 +37,20 @@ def end_to_end(count: int, publishers: int = 1) -> dict[str, float]:
         before = b.stored()
         each = count // publishers
         count = each * publishers
+        cpu = b.cpu_s()
         published = b.publish_together([[str(each)]] * publishers)
         started = min(p["started"] for p in published)
         acked_at = max(p["started"] + p["acked_after_s"] for p in published)
         total = before + count + publishers  # each had one event more, to be warm
         stored_at = b.wait_stored(total)
         memory = {name: p.memory_info().rss / 1e6 for name, p in b.daemons.items()}
+        cpu = {name: seconds - cpu[name] for name, seconds in b.cpu_s().items()}
         b.close()
         return {
             "rate": count / (stored_at - started),
+            "publisher_us": sum(p["cpu_s"] for p in published) / count * 1e6,
+            "bus_us": cpu["bus"] / count * 1e6,
+            "collector_us": cpu["collect"] / count * 1e6,
             "acked_rate": count / (acked_at - started),
             "bytes": b.db.stat().st_size / total,
             "bus_mb": memory["bus"],
@@ -89,6 +95,10 @@ class Run:
     def limits(self) -> Results:
         """what pyzmq and the disk can do alone"""
         return {"limits": limits.limits(self._sizes.limits_s)}
+
+    def parts(self) -> Results:
+        """processor time of each step alone"""
+        return {"parts": parts.parts(self._sizes.rounds)}
 
     def calls(self) -> Results:
         """a bridge call in the caller's thread: bus up, away, and the spool filling"""
@@ -155,6 +165,7 @@ SECTIONS: dict[str, Callable[[Run], Results]] = {
     "end_to_end": Run.end_to_end,
     "peers": Run.peers,
     "limits": Run.limits,
+    "parts": Run.parts,
     "calls": Run.calls,
     "latency": Run.latency,
     "growth": Run.growth,

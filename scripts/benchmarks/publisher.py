@@ -60,6 +60,7 @@ def main() -> None:
     spooling_from = count
     started = time.time()
     begin = time.monotonic()
+    cpu = time.process_time()
     for i, (event_type, data, fields) in enumerate(itertools.islice(events, count)):
         if rate:
             while time.monotonic() - begin < i / rate:
@@ -84,6 +85,7 @@ def main() -> None:
                 "started": started,
                 "called_after_s": called_after_s,
                 "acked_after_s": acked_after_s,
+                "cpu_s": time.process_time() - cpu,
                 "call_ns": call_ns,
                 "spooling_from": spooling_from,
                 "stats": event_bridge.stats(),

@@ -58,6 +58,9 @@ def _end_to_end(results: Results) -> Iterator[Row]:
     yield "  database, bytes an event", _spread([r["bytes"] for r in runs], ".1f")
     yield "  bus after the run, MB", _spread([r["bus_mb"] for r in runs], ".1f")
     yield "  collector after the run, MB", _spread([r["collector_mb"] for r in runs], ".1f")
+    for name in ("publisher", "bus", "collector"):
+        used = [r[f"{name}_us"] for r in runs]
+        yield f"  {name}, µs of processor time an event", _spread(used, ".2f")
 
 
 def _peers(results: Results) -> Iterator[Row]:
@@ -85,6 +88,12 @@ def _limits(results: Results) -> Iterator[Row]:
     yield "  pyzmq, an event a message, events/s", f"{limits['transfer_single']:,.0f}"
     yield "  pyzmq, 2,000 events a message, events/s", f"{limits['transfer_batched']:,.0f}"
     yield "  fsyncs of 4 KB/s", f"{limits['fsync']:,.0f}"
+
+
+def _parts(results: Results) -> Iterator[Row]:
+    yield "steps alone, µs of processor time an event", ""
+    for name, us in results["parts"].items():
+        yield f"  {name}", f"{us:.2f}"
 
 
 def _calls(results: Results) -> Iterator[Row]:
@@ -156,6 +165,7 @@ ROWS = {
     "peers": _peers,
     "store_alone": _store_alone,
     "limits": _limits,
+    "parts": _parts,
     "calls": _calls,
     "latency": _latency,
     "growth": _growth,

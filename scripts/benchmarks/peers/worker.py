@@ -6,6 +6,7 @@ and warm; a publisher begins when it is sent a line. At the end it prints what i
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import sys
@@ -20,6 +21,8 @@ def _ready() -> None:
 def main() -> None:
     role, module, address, count, db = sys.argv[1:]
     peer = importlib.import_module(f"peers.{module}")
+    gc.freeze()
+    gc.set_threshold(100_000)  # as the bus and the collector have it
     if role == "consume":
         stored_at = peer.consume(address, int(count), Path(db), _ready)
         print(json.dumps({"stored_at": stored_at}))
