@@ -68,7 +68,8 @@ class Run:
         self._largest: Bench | None = None
         self._closing = contextlib.ExitStack()
 
-    def results(self) -> Results:
+    def results(self, keep: Callable[[Results], None]) -> Results:
+        """What all sections found; `keep` is given what there is after each of them."""
         found: Results = {
             "machine": machine.facts(),
             "events": self._sizes.events,
@@ -78,6 +79,7 @@ class Run:
             for name in self._sections:
                 print(f"measuring: {name} …", file=sys.stderr)
                 found |= SECTIONS[name](self)
+                keep(found)
         return found
 
     def end_to_end(self) -> Results:
@@ -211,6 +213,11 @@ def main() -> None:
         rounds = options.rounds or (1 if options.short else 5)
         against.compare(options.against, rounds, size, sections)
         return
+
+    def keep(results: Results) -> None:
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
     if options.earlier:
         results = json.loads(options.earlier.read_text(encoding="utf-8"))
     else:
@@ -220,10 +227,8 @@ def main() -> None:
         given = {"events": options.events, "rounds": options.rounds}
         sizes = replace(sizes, **{name: n for name, n in given.items() if n})
         sections = options.only or (QUICK if options.quick else list(SECTIONS))
-        results = Run(sizes, sections, quick=options.quick).results()
+        results = Run(sizes, sections, quick=options.quick).results(keep)
     print(report.text(results))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if options.svg:
         for path in charts.draw(results, options.svg):
             print(f"drawn: {path}", file=sys.stderr)

@@ -4,7 +4,9 @@ events they had together."""
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
+import time
 
 import zmq
 
@@ -12,7 +14,7 @@ from event_bus.settings import Settings
 
 HEARTBEAT = b"bitten.heartbeat"
 AT_ONCE = 500
-REST_MS = 1_000
+REST_S = 1.0
 
 
 def main() -> None:
@@ -28,17 +30,20 @@ def main() -> None:
         socket.recv_multipart()  # a heartbeat: connected
     print("ready", flush=True)
     poller.register(sys.stdin.fileno(), zmq.POLLIN)
-    received, is_open = 0, True
-    while ready := poller.poll(None if is_open else REST_MS):
-        for found, _ in ready:
+    received = 0
+    ends_at = math.inf
+    while time.monotonic() < ends_at:  # heartbeats go on
+        for found, _ in poller.poll(REST_S * 1_000):
             if isinstance(found, int):
                 poller.unregister(found)
-                is_open = False
+                ends_at = time.monotonic() + REST_S
                 continue
             with contextlib.suppress(zmq.Again):
                 for _ in range(AT_ONCE):
                     topic, _ = found.recv_multipart(zmq.NOBLOCK)
-                    received += topic != HEARTBEAT
+                    if topic != HEARTBEAT:
+                        received += 1
+                        ends_at = max(ends_at, time.monotonic() + REST_S)
     print(received)
 
 
