@@ -21,7 +21,10 @@ from event_bus.errors import (
 )
 
 APPLICATION_ID = 0x42495445  # "BITE"
-VERSION = 1
+VERSION = 2
+READABLE_VERSIONS = 1, 2
+"""1 had neither decimals nor inline types; its tables are the same."""
+
 SUFFIXES = ("", "-wal", "-shm")
 """Of the files that make up one database."""
 
@@ -60,8 +63,8 @@ LAST_SEQ = (
 )
 
 _ROWS_PER_VALUE = {
-    "_event_type": 500_000,
-    "_event_source": 400_000,
+    "_event_type": 20_000,
+    "_event_source": 50_000,
     "_event_user_id": 500,
     "_event_correlation_id": 5,
     "_event_timestamp": 1,
@@ -102,14 +105,16 @@ def make_tables(db: apsw.Connection) -> None:
     """Within the caller's transaction."""
     db.execute(TABLES)
     db.execute(f"PRAGMA application_id={APPLICATION_ID}")
-    db.execute(f"PRAGMA user_version={VERSION}")
 
 
 def bring_up_to_date(db: apsw.Connection) -> None:
     """Add what an earlier program did not make. Within the caller's transaction."""
+    db.execute(f"PRAGMA user_version={VERSION}")
     db.execute(_OPENING)
     db.execute("ANALYZE sqlite_schema")  # makes the table of statistics
-    db.execute("DELETE FROM sqlite_stat1 WHERE tbl = '_event'")
+    for table in ("sqlite_stat1", "sqlite_stat4"):
+        if db.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone():
+            db.execute(f"DELETE FROM {table} WHERE tbl = '_event'")
     db.executemany(
         "INSERT INTO sqlite_stat1 VALUES ('_event', ?, ?)",
         [(index, f"1000000 {rows}") for index, rows in _ROWS_PER_VALUE.items()],
@@ -147,7 +152,7 @@ def check_version(db: apsw.Connection, path: Path) -> None:
             f"{path} is an SQLite database of another program",
             hint=f"{aside(path)} or set BITTEN_DB to another file",
         )
-    if version != VERSION:
+    if version not in READABLE_VERSIONS:
         raise DatabaseError(
             f"{path} has version {version}, this program knows {VERSION}",
             hint=f"install the bitten-event-bus that wrote it, or {aside(path)};"

@@ -23,7 +23,7 @@ import msgspec
 from collector import layout
 from collector.columns import rows
 from collector.layout import LAST_SEQ, aside
-from collector.relations import Relation, events_view_sql
+from collector.relations import MAX_INLINE_COLUMNS, Relation, events_view_sql
 from event_bus import database
 from event_bus.envelope import Envelope
 from event_bus.errors import DatabaseError, DatabaseReplaced, DatabaseUnavailable, SchemaError
@@ -110,8 +110,6 @@ class Store:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")  # whatever was here before is on disk then
         self._db.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
-        # A statement of many rows keeps what it may have to undo: in memory, not in a file.
-        self._db.execute("PRAGMA temp_store=MEMORY")
         self._db.execute("PRAGMA wal_autocheckpoint=4000")  # 16 MB: a twentieth faster than 4 MB
         self._db.execute("PRAGMA journal_size_limit=67108864")
         with self._transaction():
@@ -133,6 +131,15 @@ class Store:
 
         A type that cannot have a table is named in the log; its events are kept as JSON.
         """
+        # An index over many rows is sorted in files. A statement that inserts many rows keeps in
+        # memory what it may have to undo.
+        self._db.execute("PRAGMA temp_store=FILE")
+        try:
+            self._learn(registry)
+        finally:
+            self._db.execute("PRAGMA temp_store=MEMORY")
+
+    def _learn(self, registry: Registry) -> None:
         with self._transaction():
             stored: dict[int, Relation] = {
                 type_id: msgspec.json.decode(definition, type=Relation)
@@ -166,6 +173,14 @@ class Store:
                         f" of type {other.event_type}",
                         hint="choose another name",
                     )
+            inline = sum(len(r.columns) for r in stored.values() if r.inline)
+            if wanted.inline and inline + len(wanted.columns) > MAX_INLINE_COLUMNS:
+                log.warning(
+                    "%s: x-bitten.inline: more than %d columns of inline types; stored beside them",
+                    event_type.path,
+                    MAX_INLINE_COLUMNS,
+                )
+                wanted = msgspec.structs.replace(wanted, inline=False)
             type_id = self._names[event_type.name]
             for sql in wanted.table_sql():
                 self._db.execute(sql)

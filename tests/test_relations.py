@@ -15,7 +15,7 @@ from test_store import JOURNAL, REGISTRY, by_apsw, by_program, event, tick, writ
 
 from collector import layout
 from collector.columns import rows
-from collector.relations import MAX_COLUMNS, Relation
+from collector.relations import MAX_COLUMNS, MAX_INLINE_COLUMNS, Relation
 from collector.store import Store
 from event_bus.errors import SchemaError
 from event_bus.event_schema import EventType, Registry
@@ -442,7 +442,10 @@ def test_two_inline_types_grow_columns_in_the_table_of_all_events(path: Path) ->
     [
         ("event_type = 'a' AND user_id = 'u' ORDER BY seq DESC", "_event_user_id (user_id=?)"),
         ("source = 'a' AND correlation_id = 'x'", "_event_correlation_id (correlation_id=?)"),
-        ("event_type = 'a' AND timestamp > 5", "_event_timestamp (timestamp>?)"),
+        (
+            "event_type = 'a' AND timestamp > 5 AND timestamp < 9 ORDER BY seq DESC",
+            "_event_type (type=?)",
+        ),
         ("event_type = 'a' ORDER BY seq DESC", "_event_type (type=?)"),
     ],
 )
@@ -451,3 +454,44 @@ def test_query_looks_in_the_index_that_leaves_least(path: Path, condition: str, 
     steps = plan(path, f"SELECT * FROM events WHERE {condition}")
     assert f"USING INDEX {index}" in steps, steps
     assert "TEMP B-TREE" not in steps, steps
+
+
+def test_inline_columns_past_the_bound_are_stored_beside(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    many = {f"c{i}": NUMBER for i in range(MAX_INLINE_COLUMNS)}
+    store = opened(path, event_type("own", many, inline=True))
+    write(store, event("own", {"c0": 1.5}))
+    store.close()
+    assert by_program(path, "SELECT c0 FROM own") == ["1.5"]
+    assert by_program(path, "SELECT count(*) FROM _rows_own") == ["1"]
+    (told,) = caplog.messages
+    assert "x-bitten.inline: more than 40 columns" in told
+
+
+def test_decimals_get_no_index_that_would_find_nothing(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened(path, event_type("own", {"price": NUMBER}, decimals={"price": 2})).close()
+    opened(path, event_type("own", {"price": NUMBER}, indexes=["price"])).close()
+    assert by_program(path, "SELECT name FROM sqlite_master WHERE name = '_rows_own.price'") == []
+    assert "price is stored as decimals, and gets no index" in caplog.messages[0]
+
+
+def test_database_of_version_1_is_brought_up_to_date(path: Path) -> None:
+    opened(path).close()
+    by_program(path, "PRAGMA user_version=1")
+    opened(path).close()
+    assert by_program(path, "PRAGMA user_version") == ["2"]
+
+
+def test_index_over_many_rows_is_not_sorted_in_memory(path: Path) -> None:
+    store = opened(path)
+    assert store._db.execute("PRAGMA temp_store").fetchall() == [(2,)]
+    seen: list[Any] = []
+    store._learn_type = lambda *_: seen.append(  # type: ignore[method-assign]
+        store._db.execute("PRAGMA temp_store").fetchall()
+    )
+    store.learn(REGISTRY)
+    assert set(map(tuple, seen)) == {((1,),)}
+    store.close()

@@ -48,18 +48,18 @@ def ack_before_fsync(_: str) -> None:
 
 
 def one_event_dropped(_: str) -> None:
-    """The collector leaves out one event of its third batch."""
+    """The collector leaves out one event of its third write."""
     if _program() != "collect":
         return
     from collector.store import Store
 
     write = Store._write_events
-    batches = [0]
+    writes = [0]
 
-    def forgetful(self: Any, first_seq: int, received_at: float, events: list[Any]) -> None:
-        batches[0] += 1
-        write(self, first_seq, received_at, events)
-        if batches[0] == 3:
+    def forgetful(self: Any, first_seq: int, events: list[Any]) -> None:
+        writes[0] += 1
+        write(self, first_seq, events)
+        if writes[0] == 3:
             self._db.execute("DELETE FROM _event WHERE seq = ?", (first_seq,))
 
     Store._write_events = forgetful  # type: ignore[method-assign]
@@ -246,22 +246,18 @@ def times_put_right(_: str) -> None:
     """The collector takes a timestamp that cannot be true for the time of receipt."""
     if _program() != "collect":
         return
-    import msgspec
-
     from collector.store import Store
 
-    write = Store._write_events
+    write = Store.write
 
-    def mending(self: Any, first_seq: int, received_at: float, events: list[Any]) -> None:
-        true = [
-            e if abs(e.timestamp - received_at) < 86_400 else _at(e, received_at) for e in events
-        ]
-        write(self, first_seq, received_at, true)
+    def mending(self: Any, batches: list[Any], journal_id: str) -> int:
+        for batch in batches:
+            for event in batch.events:
+                if abs(event.timestamp - batch.received_at) >= 86_400:
+                    event.timestamp = batch.received_at
+        return write(self, batches, journal_id)
 
-    def _at(event: Any, timestamp: float) -> Any:
-        return msgspec.structs.replace(event, timestamp=timestamp)
-
-    Store._write_events = mending  # type: ignore[method-assign]
+    Store.write = mending  # type: ignore[method-assign]
 
 
 def unescaped(_: str) -> None:
