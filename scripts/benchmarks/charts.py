@@ -71,6 +71,7 @@ def _throughput(results: Results, axes: Any) -> None:
     axes.set_xlim(0, max(middles) * 1.15)
     axes.set_xlabel("events/s, first publish to last commit in SQLite")
     axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.locator_params(axis="x", nbins=5)
 
 
 def _latency(results: Results, axes: Any) -> None:
