@@ -31,9 +31,10 @@ log = logging.getLogger(__name__)
 
 CONSUMER = "data_collector"
 FEW_EVENTS = 200
+"""With fewer at once, a transaction costs more than its events."""
+
 GATHER_S = 0.01
-"""After a few events, before more are asked for: these are then stored together, with a third
-of the collector's CPU at 1,000 events/s (`scripts/bench`)."""
+"""After a few events, before more are asked for, so that those are stored together."""
 
 SYNC_S = 0.25
 """The bus cuts its journal behind what is synced, and counts it as stored."""

@@ -57,9 +57,11 @@ It is JSON Schema 2020-12. `x-bitten` is optional, and so is each of its entries
 | `decimals` | number fields and the digits after the point they mostly have, such as \
 `{"bid": 5}`; these are stored in half the space, others as they are; not with an index |
 | `inline` | `true`: stored in the table of all events and not beside it; for the type that most \
-events are of |
+events are of; its columns cost every event a byte each |
 | `key` | field whose value is appended to the topic: `bitten.news_item.EUR` |
 | `live_only` | `true`: published, never stored; for the bus's own heartbeat |
+
+What `table`, `decimals` and `inline` say when the collector first sees a type holds from then on.
 
 `bitten schemas check` says whether it is good and whether a change of it fits what is stored. A
 running bus takes a new file in at its first event: `bitten emit news_item headline=CPI`, or

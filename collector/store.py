@@ -276,7 +276,7 @@ class Store:
 
     def _insert(self, sql: str, *columns: Sequence[Any]) -> None:
         """Insert rows, given by column. SQLite opens table and indexes once a statement, so that
-        many rows in one are a fourth faster (`scripts/bench`)."""
+        many rows in one are faster; `scripts/bench --only parts` times it."""
         width = len(columns)
         values: list[Any] = [None] * (len(columns[0]) * width)
         for i, column in enumerate(columns):

@@ -400,7 +400,7 @@ class Bridge:
 
 
 def _line_around(payload: bytes, event_type: str, fields: dict[str, Any]) -> bytes:
-    """What `_encode_event` makes, in less than half the time (`scripts/bench`)."""
+    """What `_encode_event` makes, faster, from data that are encoded already."""
     head = b'%b"event_type":"%b","timestamp":%b,"source":%b' % (
         _NO_ID,
         event_type.encode(),

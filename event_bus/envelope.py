@@ -113,7 +113,7 @@ def decode_canonical(batch: bytes) -> list[Envelope] | None:
 def is_flat(data: Any, payload: bytes) -> bool:
     """True if data, encoded as `payload`, is a dictionary of texts, floats, booleans and integers
     of less than 19 digits, none of a subclass: then `payload` is canonical if it has no null, which
-    a NaN may have become. A tenth of the cost of `decode_canonical` (`scripts/bench`)."""
+    a NaN may have become."""
     if type(data) is not dict:
         return False
     kinds = set(map(type, data.values()))

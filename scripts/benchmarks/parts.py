@@ -61,6 +61,9 @@ def parts(rounds: int) -> dict[str, float]:
 
         def write() -> None:
             for batch in batches:
+                now = time.time()
+                for i, event in enumerate(batch):
+                    event.timestamp = now + i * 1e-6
                 store.write([Batch(store.last_seq + 1, time.time(), batch)], "bench")
 
         steps: dict[str, Callable[[], None]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -52,19 +53,30 @@ def rates(results: Results) -> list[float]:
 
 
 def _against_peer(*words: str) -> Callable[[Results], float]:
-    """The ratio to the peer whose name has all these words."""
+    """The ratio to the fastest of the peers whose names have all these words."""
 
     def read(results: Results) -> float:
-        for name, theirs in results["peers"].items():
-            if all(word in name.lower() for word in words):
-                return ratio(results["publishers"]["1"], theirs)
-        raise KeyError(words)
+        ours = results["publishers"]["1"]
+        found = [
+            ratio(ours, theirs)
+            for name, theirs in results["peers"].items()
+            if all(word in name.lower() for word in words)
+        ]
+        if not found:
+            raise KeyError(words)
+        return min(found)
 
     return read
 
 
 def _call(percentile: str, pace: str, *states: str) -> Callable[[Results], float]:
-    return lambda r: max(r["calls"][pace][state][percentile] for state in states)
+    def read(results: Results) -> float:
+        found = [results["calls"][pace][state][percentile] for state in states]
+        if any(map(math.isnan, found)):  # there was no such call
+            raise KeyError(states)
+        return max(found)
+
+    return read
 
 
 def _latency(kind: str, percentile: str) -> Callable[[Results], float]:
