@@ -43,6 +43,8 @@ def plain_data(event_type: EventType, data: Any) -> dict[str, Any]:
 
 def plain_name(value: Any, field: str) -> str:
     """An id or a source as text of 1 to 255 characters. Raises RejectedEvent."""
+    if type(value) is str and 0 < len(value) <= MAX_NAME:
+        return value
     if isinstance(value, float) and not value.is_integer():  # NaN is how pandas says "absent"
         raise RejectedEvent(f"{field} is {value}", rule="type", path=field, value=str(value))
     text = str(int(value)) if isinstance(value, float) else str(value)

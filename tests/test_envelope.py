@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import asdict
 
 from event_bus import envelope
 from event_bus.envelope import MAX_EVENT_BYTES, Envelope
@@ -23,6 +24,12 @@ def with_data(json_text: str | bytes) -> bytes:
 
 def with_field(name: str, value: Any) -> bytes:
     return json.dumps({**json.loads(GOOD), name: value}).encode()
+
+
+def fast(batch: bytes) -> list[Envelope] | None:
+    """What the fast road makes of a batch."""
+    events = envelope.decode_canonical(batch)
+    return events and [Envelope(**asdict(e)) for e in events]
 
 
 def refusal(line: bytes) -> tuple[str, str, str]:
@@ -92,7 +99,7 @@ def test_value_at_a_limit_is_kept_exactly(json_text: str) -> None:
     event = envelope.read(with_data(json_text))
     assert repr(event.data["x"]) == repr(json.loads(json_text))
     line = envelope.encode(event)
-    assert envelope.decode_canonical(line + b"\n") == [event]
+    assert fast(line + b"\n") == [event]
     assert envelope.read(line) == event
 
 
@@ -103,7 +110,7 @@ def nested(levels: int) -> bytes:
 
 def test_64_levels_are_accepted_and_65_refused() -> None:
     event = envelope.read(nested(64))
-    assert envelope.decode_canonical(nested(64) + b"\n") == [event]
+    assert fast(nested(64) + b"\n") == [event]
     assert refusal(nested(65))[0] == "maxDepth"
 
 
@@ -135,7 +142,7 @@ def test_batch_with_many_nested_objects_or_long_numbers_takes_the_fast_road() ->
         timestamp=1.0,
         data={"time_ns": 1_763_699_458_123_456_789, "details": {"a": [1, {"b": 2}]}},
     )
-    assert envelope.decode_canonical(envelope.encode_lines([event] * 100)) == [event] * 100
+    assert fast(envelope.encode_lines([event] * 100)) == [event] * 100
 
 
 @pytest.mark.parametrize(
@@ -203,19 +210,19 @@ def test_fast_road_accepts_only_what_read_accepts_and_reads_the_same(
         assert envelope.read(canonical) == event
         assert envelope.encode(envelope.read(canonical)) == canonical
         # What is canonical is recognised as such, unless it must be looked at closely.
-        assert envelope.decode_canonical(canonical + b"\n") == [event]
+        assert fast(canonical + b"\n") == [event]
         read.append(event)
-    fast = envelope.decode_canonical(b"".join(line + b"\n" for line in lines))
-    assert fast is None or fast == read
+    accepted = fast(b"".join(line + b"\n" for line in lines))
+    assert accepted is None or accepted == read
 
 
 @given(st.binary(max_size=200) | st.text().map(lambda t: with_data(t.encode("utf-8", "replace"))))
 def test_bytes_of_any_kind_are_read_or_refused_and_nothing_else(line: bytes) -> None:
-    fast = envelope.decode_canonical(line + b"\n")
+    accepted = fast(line + b"\n")
     try:
         event = envelope.read(line)
     except RejectedEvent as e:
         str(e).encode()
-        assert fast is None
+        assert accepted is None
     else:
-        assert fast in (None, [event])
+        assert accepted in (None, [event])
