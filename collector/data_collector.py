@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import signal
 import socket
 import threading
@@ -19,6 +18,7 @@ from collector.reports import Reports
 from event_bus.errors import StartError
 from event_bus.event_schema import Registry
 from event_bus.lock import FileLock
+from event_bus.memory import collect_rarely
 from event_bus.protocol import Client
 from event_bus.settings import Settings
 from event_bus.watchdog import Watchdog
@@ -96,9 +96,7 @@ class DataCollector:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, lambda *_: self.stop())
-            # Events hold no cycles; looking for some cost a third of decoding (`scripts/bench`).
-            gc.freeze()
-            gc.set_threshold(100_000)
+            collect_rarely()
         settings = self._settings
         settings.make_home()
         if not settings.db.parent.is_dir():

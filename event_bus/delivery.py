@@ -258,7 +258,7 @@ class Delivery:
                 events = body.count(b"\n")
             else:
                 lines = self._outbox.take(BATCH_EVENTS, BATCH_BYTES)
-                body, events = b"\n".join(lines) + b"\n", len(lines)
+                body, events = b"\n".join([*lines, b""]), len(lines)
             self._requests += 1
             request_id = b"%d" % self._requests
             if not self._flights:

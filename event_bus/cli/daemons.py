@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import signal
 
 import click
 
 from event_bus.broker import Broker
+from event_bus.memory import collect_rarely
 from event_bus.pm2 import notify_ready
 from event_bus.ports import raise_descriptor_limit
 from event_bus.settings import Settings
@@ -40,9 +40,7 @@ def bus(settings: Settings) -> None:
         broker.journal.last_seq,
     )
     notify_ready()
-    # Events hold no cycles; looking for some took as long as decoding them (`scripts/bench`).
-    gc.freeze()
-    gc.set_threshold(100_000)
+    collect_rarely()
     broker.run()
     log.info("stopped at seq %d", broker.journal.last_seq)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import mix
@@ -19,6 +16,7 @@ from collector.store import Store
 from event_bus import envelope
 from event_bus.envelope import Envelope
 from event_bus.event_schema import Registry
+from event_bus.memory import collect_rarely
 from event_bus.subscriber import Batch
 
 BATCH = 4_000
@@ -50,7 +48,8 @@ def store_alone(count: int) -> float:
     pool = [
         envelope.decode_lines(b"\n".join(lines[i : i + BATCH])) for i in range(0, len(lines), BATCH)
     ]
-    with tempfile.TemporaryDirectory(prefix="bitten-bench-") as directory, little_collecting():
+    collect_rarely()
+    with tempfile.TemporaryDirectory(prefix="bitten-bench-") as directory:
         store = Store(Path(directory) / "bitten_events.db", Registry())
         seq, elapsed = 1, 0.0
         while seq <= count:
@@ -64,20 +63,6 @@ def store_alone(count: int) -> float:
             seq += len(events)
         store.close()
     return (seq - 1) / elapsed
-
-
-@contextlib.contextmanager
-def little_collecting() -> Iterator[None]:
-    """Python looks for cycles as rarely as it does in the collector."""
-    before = gc.get_threshold()
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(100_000)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-        gc.unfreeze()
 
 
 def limits(seconds: float) -> dict[str, float]:

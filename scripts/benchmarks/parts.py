@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mix
-from limits import BATCH, POOL, canonical_lines, little_collecting
+from limits import BATCH, POOL, canonical_lines
 
 from collector.store import Store
 from event_bus import envelope
@@ -33,7 +33,7 @@ def parts(rounds: int) -> dict[str, float]:
     bodies = [b"\n".join(lines[i : i + BATCH]) + b"\n" for i in range(0, POOL, BATCH)]
     batches = [envelope.decode_lines(body) for body in bodies]
     checks = {event_type.name: event_type.is_valid for event_type in Registry()}
-    with tempfile.TemporaryDirectory(prefix="bitten-bench-") as directory, little_collecting():
+    with tempfile.TemporaryDirectory(prefix="bitten-bench-") as directory:
         home = Path(directory)
         bridge = _Unsent(Settings(home=home, source="publisher"))
         store = Store(home / "bitten_events.db", Registry())

@@ -6,12 +6,13 @@ and warm; a publisher begins when it is sent a line. At the end it prints what i
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
 import sys
 import time
 from pathlib import Path
+
+from event_bus.memory import collect_rarely
 
 
 def _ready() -> None:
@@ -21,8 +22,7 @@ def _ready() -> None:
 def main() -> None:
     role, module, address, count, db = sys.argv[1:]
     peer = importlib.import_module(f"peers.{module}")
-    gc.freeze()
-    gc.set_threshold(100_000)  # as the bus and the collector have it
+    collect_rarely()  # as the bus and the collector do
     if role == "consume":
         stored_at = peer.consume(address, int(count), Path(db), _ready)
         print(json.dumps({"stored_at": stored_at}))
