@@ -17,7 +17,7 @@ import apsw
 import msgspec
 import psutil
 
-from collector import attribution, in_backups, ledger, vouched
+from collector import attribution, in_backups, layout, ledger, vouched
 from collector.accepted import reconcile
 from collector.in_backups import InBackup
 from collector.journal_view import JournalView, ProducerRow
@@ -141,6 +141,7 @@ def _compare(settings: Settings, client: Client | None, *, full: bool, accept: b
             hint="run it as the owner of the home, or give the rights back",
         ) from e
     with JournalView(settings.journal) as journal, Reader(settings.db) as reader:
+        layout.check_is_current(reader.db, settings.db)
         # What was told has been read before, so it can only lag.
         lacks_end = journal.lacks_wal or told_seq > journal.last_seq
         status = _answer(client, request) if client and lacks_end else None

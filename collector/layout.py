@@ -21,9 +21,10 @@ from event_bus.errors import (
 )
 
 APPLICATION_ID = 0x42495445  # "BITE"
-VERSION = 2
-READABLE_VERSIONS = 1, 2
-"""1 had neither decimals nor inline types; its tables are the same."""
+VERSION = 3
+READABLE_VERSIONS = 1, 2, 3
+"""All have the same views. 1 had neither decimals nor inline types; 1 and 2 kept ids with the
+events, in columns that are NULL since."""
 
 SUFFIXES = ("", "-wal", "-shm")
 """Of the files that make up one database."""
@@ -33,12 +34,13 @@ CREATE TABLE _meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE _name (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
 CREATE TABLE _relation (type INTEGER PRIMARY KEY, definition TEXT NOT NULL);
 CREATE TABLE _count (type INTEGER PRIMARY KEY, stored INTEGER NOT NULL);
-CREATE TABLE _batch (first_seq INTEGER PRIMARY KEY, received_at REAL NOT NULL);
+CREATE TABLE _batch (
+    first_seq INTEGER PRIMARY KEY, received_at REAL NOT NULL, producer INTEGER, n);
 CREATE TABLE _gap (
     first_seq INTEGER PRIMARY KEY, last_seq INTEGER NOT NULL, found_at REAL NOT NULL, reason TEXT);
 CREATE TABLE _event (
     seq INTEGER PRIMARY KEY, type INTEGER NOT NULL, timestamp REAL NOT NULL, source INTEGER,
-    user_id TEXT, correlation_id TEXT, causation_id TEXT, producer INTEGER, n, data TEXT);
+    user_id TEXT, correlation_id TEXT, causation_id TEXT, data TEXT);
 CREATE INDEX _event_type ON _event (type);
 CREATE INDEX _event_timestamp ON _event (timestamp);
 CREATE INDEX _event_source ON _event (source);
@@ -53,8 +55,7 @@ _COLUMNS = {
     "_count": "type, stored",
     "_batch": "first_seq, received_at",
     "_gap": "first_seq, last_seq, found_at",
-    "_event": "seq, type, timestamp, source, user_id, correlation_id, causation_id, producer, n,"
-    " data",
+    "_event": "seq, type, timestamp, source, user_id, correlation_id, causation_id, data",
 }
 
 LAST_SEQ = (
@@ -77,6 +78,25 @@ _OPENING = (
     "CREATE TABLE IF NOT EXISTS _opening"
     " (id INTEGER PRIMARY KEY, token TEXT NOT NULL, last_seq INTEGER NOT NULL)"
 )
+
+
+_NUMBER_BATCHES = """
+ALTER TABLE _batch ADD COLUMN producer INTEGER;
+ALTER TABLE _batch ADD COLUMN n;
+CREATE TEMP TABLE numbered AS
+SELECT seq, received_at, producer, n FROM (
+    SELECT e.seq, e.producer, e.n,
+        (SELECT received_at FROM _batch WHERE first_seq <= e.seq
+         ORDER BY first_seq DESC LIMIT 1) AS received_at,
+        b.first_seq IS NULL AND typeof(e.n) = 'integer'
+            AND lag(e.producer) OVER by_seq IS e.producer
+            AND lag(e.n - e.seq) OVER by_seq IS e.n - e.seq AS continues
+    FROM _event e LEFT JOIN _batch b ON b.first_seq = e.seq WINDOW by_seq AS (ORDER BY e.seq))
+WHERE NOT continues;
+INSERT OR REPLACE INTO _batch SELECT * FROM temp.numbered;
+DROP TABLE temp.numbered;
+"""
+"""Gives the ids, which version 1 and 2 kept with each event, to the batches."""
 
 
 def create(path: Path) -> None:
@@ -109,6 +129,8 @@ def make_tables(db: apsw.Connection) -> None:
 
 def bring_up_to_date(db: apsw.Connection) -> None:
     """Add what an earlier program did not make. Within the caller's transaction."""
+    if not _has_column(db, "_batch", "n"):
+        db.execute(_NUMBER_BATCHES)
     db.execute(f"PRAGMA user_version={VERSION}")
     db.execute(_OPENING)
     db.execute("ANALYZE sqlite_schema")  # makes the table of statistics
@@ -119,8 +141,13 @@ def bring_up_to_date(db: apsw.Connection) -> None:
         "INSERT INTO sqlite_stat1 VALUES ('_event', ?, ?)",
         [(index, f"1000000 {rows}") for index, rows in _ROWS_PER_VALUE.items()],
     )
-    if not db.execute("SELECT 1 FROM pragma_table_info('_gap') WHERE name = 'reason'").fetchone():
+    if not _has_column(db, "_gap", "reason"):
         db.execute("ALTER TABLE _gap ADD COLUMN reason TEXT")
+
+
+def _has_column(db: apsw.Connection, table: str, column: str) -> bool:
+    found = db.execute("SELECT 1 FROM pragma_table_info(?) WHERE name = ?", (table, column))
+    return found.fetchone() is not None
 
 
 def note_opening(db: apsw.Connection) -> None:
@@ -157,6 +184,16 @@ def check_version(db: apsw.Connection, path: Path) -> None:
             f"{path} has version {version}, this program knows {VERSION}",
             hint=f"install the bitten-event-bus that wrote it, or {aside(path)};"
             " a new one is filled from the journal",
+        )
+
+
+def check_is_current(db: apsw.Connection, path: Path) -> None:
+    """Raise DatabaseError unless its tables, and not its views alone, are as described here."""
+    (version,) = db.execute("PRAGMA user_version").fetchone() or (0,)
+    if version != VERSION:
+        raise DatabaseError(
+            f"{path} has version {version}, this needs {VERSION}",
+            hint="start the collector: it brings the database up to date",
         )
 
 

@@ -235,9 +235,11 @@ class Relation(msgspec.Struct, frozen=True):
         return f'(SELECT {json} FROM "{self.rows_table}" r WHERE r.seq = e.seq)'
 
 
-RECEIVED_AT = (
-    "(SELECT b.received_at FROM _batch b WHERE b.first_seq <= e.seq"
-    " ORDER BY b.first_seq DESC LIMIT 1)"
+_OF_BATCH = "(SELECT {} FROM _batch b WHERE b.first_seq <= e.seq ORDER BY b.first_seq DESC LIMIT 1)"
+RECEIVED_AT = _OF_BATCH.format("b.received_at")
+_EVENT_ID = _OF_BATCH.format(
+    "coalesce((SELECT name FROM _name WHERE id = b.producer) || '-', '')"
+    " || CASE typeof(b.n) WHEN 'integer' THEN b.n + e.seq - b.first_seq ELSE b.n END"
 )
 
 
@@ -245,9 +247,8 @@ def events_view_sql(relations: Iterable[tuple[int, Relation]]) -> str:
     """The view `events`, given each stored type's id in `_name` and its relation."""
     cases = "".join(f" WHEN {type_id} THEN {r.json_sql()}" for type_id, r in relations)
     data = f"coalesce(e.data, CASE e.type{cases} END)" if cases else "e.data"
-    native_id = f"{_name_of('e.producer')} || '-' || e.n"
     return f"""CREATE VIEW "events" AS SELECT
-    e.seq AS seq, CASE WHEN e.producer IS NULL THEN e.n ELSE {native_id} END AS event_id,
+    e.seq AS seq, {_EVENT_ID} AS event_id,
     t.name AS event_type, e.timestamp AS timestamp, s.name AS source, e.user_id AS user_id,
     e.correlation_id AS correlation_id, e.causation_id AS causation_id,
     {RECEIVED_AT} AS received_at, {data} AS data

@@ -1,10 +1,12 @@
 """The writer's side of bitten_events.db: one process, one connection, one transaction a batch.
 
 Tables begin with an underscore; analysts read the views `events` and one for each event type.
-`_event` has a row for every event, and its highest seq is the collector's cursor. Texts that
-repeat (types, sources, symbols, producers) are stored once, in `_name`. `_gap` has the ranges of
-seq that were gone from the journal before they could be stored, and why. `_opening` has a row for
-each time that the collector opened the database.
+`_event` has a row for every event, and its highest seq is the collector's cursor. `_batch` has a
+row for every stretch of events that were received together and whose ids are one process's,
+counting up from `n`; an id of another form is an `n` without a producer. Texts that repeat (types,
+sources, symbols, producers) are stored once, in `_name`. `_gap` has the ranges of seq that were
+gone from the journal before they could be stored, and why. `_opening` has a row for each time that
+the collector opened the database.
 """
 
 from __future__ import annotations
@@ -217,7 +219,6 @@ class Store:
             self._bind(journal_id)
             first_seq = self.last_seq + 1
             events: list[Envelope] = []
-            times: list[tuple[int, float]] = []
             for batch in batches:
                 next_seq = first_seq + len(events)
                 if batch.first_seq > next_seq:
@@ -225,12 +226,10 @@ class Store:
                         f"events {next_seq} to {batch.first_seq - 1} did not arrive"
                     )
                 new = batch.events[next_seq - batch.first_seq :]
-                if new:
-                    times.append((next_seq, batch.received_at))
-                    events += new
+                self._write_ids(next_seq, batch.received_at, [e.event_id for e in new])
+                events += new
             if events:
                 self._write_events(first_seq, events)
-                self._db.executemany("INSERT INTO _batch VALUES (?,?)", times)
             self._db.execute(_ADD_META, ("events_received", sum(len(b.events) for b in batches)))
         return len(events)
 
@@ -258,7 +257,6 @@ class Store:
             for i in misfits:
                 exact[places[i]] = msgspec.json.encode(datas[i]).decode()
             self._db.execute(_ADD_COUNT, (names[event_type], len(places)))
-        producers, ns = self._split_ids([e.event_id for e in events])
         self._insert(
             self._insert_event,
             range(first_seq, first_seq + len(events)),
@@ -268,8 +266,6 @@ class Store:
             [e.user_id or None for e in events],
             [e.correlation_id or None for e in events],
             [e.causation_id or None for e in events],
-            producers,
-            ns,
             exact,
             *inline.values(),
         )
@@ -291,22 +287,21 @@ class Store:
                 self._db.executemany(block_sql, (values[i : i + size] for i in starts))
                 done = starts[-1] + size
 
-    def _split_ids(self, ids: list[str]) -> tuple[Sequence[int | None], Sequence[int | str]]:
-        """Ids as (id of the producer's token, n); a foreign id as (None, the id itself)."""
-        token, first_n = _split_id(ids[0])
-        if token is not None and isinstance(first_n, int):
-            ns = range(first_n, first_n + len(ids))
-            if ids == [f"{token}-{n}" for n in ns]:  # one process's, as most batches are
-                return [self._names[token]] * len(ids), ns
-        heads = [i[:21] for i in ids]
-        tails = [i[21:] for i in ids]
-        producers = {h: self._names[h[:20]] for h in set(heads) if h[20:] == "-"}
-        if len(producers) == len(set(heads)) and all(map(str.isdecimal, tails)):
-            numbers = list(map(int, tails))
-            if list(map(str, numbers)) == tails and min(numbers) > 0 and max(numbers) < 1 << 63:
-                return [producers[h] for h in heads], numbers
-        split = [_split_id(i) for i in ids]
-        return [self._names[token] for token, _ in split], [n for _, n in split]
+    def _write_ids(self, first_seq: int, received_at: float, ids: list[str]) -> None:
+        stretches = []
+        token: str | None = None
+        n: int | str = 0
+        next_id = ""
+        for seq, event_id in enumerate(ids, first_seq):
+            if event_id != next_id:
+                token, n = _split_id(event_id)
+                stretches.append((seq, received_at, self._names[token], n))
+            if isinstance(n, int):
+                n += 1
+                next_id = f"{token}-{n}"
+            else:
+                next_id = ""
+        self._db.executemany("INSERT INTO _batch VALUES (?,?,?,?)", stretches)
 
     def sync(self) -> None:
         """Have on disk what is stored. Between two syncs a commit does not wait for the disk, and a

@@ -22,6 +22,23 @@ MAX_FAULTS = 1_000
 _NUMBERED = "typeof(n) = 'integer'"
 """A foreign id may end in more digits than SQLite has integers."""
 
+# The batches from seq ?1 to ?2.
+_BATCHES = """
+WITH b AS (
+    SELECT first_seq, lead(first_seq, 1, ?2 + 1) OVER (ORDER BY first_seq) - 1 AS last_seq,
+        producer, n
+    FROM _batch
+    WHERE first_seq BETWEEN
+        coalesce((SELECT max(first_seq) FROM _batch WHERE first_seq <= ?1), ?1) AND ?2)
+"""
+# And their events, as `ids`.
+_IDS = f"""
+{_BATCHES}, ids AS (
+    SELECT e.seq, e.source, b.producer,
+        CASE typeof(b.n) WHEN 'integer' THEN b.n + e.seq - b.first_seq ELSE b.n END AS n
+    FROM b CROSS JOIN _event e ON e.seq BETWEEN max(b.first_seq, ?1) AND b.last_seq)
+"""
+
 CLOCK_SLACK_S = 3_600.0
 """The clock may have been set by so much while a process ran."""
 
@@ -104,9 +121,9 @@ class Count:
         for gap in gaps(self._db, low, high):
             self._miss(max(gap.first_seq, low), min(gap.last_seq or high, high))
         found: list[Any] = self._db.execute(
-            "SELECT producer, iif(producer IS NULL, source, NULL) AS source, count(*),"
+            f"{_IDS} SELECT producer, iif(producer IS NULL, source, NULL) AS source, count(*),"
             f" min(n) FILTER (WHERE {_NUMBERED}), max(n) FILTER (WHERE {_NUMBERED}), max(seq)"
-            " FROM _event WHERE seq BETWEEN ? AND ? GROUP BY 1, 2",
+            " FROM ids GROUP BY 1, 2",
             (low, high),
         ).fetchall()
         if sum(row[2] for row in found) != high - low + 1:
@@ -135,8 +152,7 @@ class Count:
         held = self._tally.holds(token)
         last_n, last_seq = held.last_n, held.last_seq
         for n, seq in self._db.execute(
-            "SELECT n, seq FROM _event WHERE seq BETWEEN ? AND ? AND producer = ?"
-            f" AND {_NUMBERED} ORDER BY seq",
+            f"{_IDS} SELECT n, seq FROM ids WHERE producer = ?3 AND {_NUMBERED} ORDER BY seq",
             (low, high, producer),
         ):
             if n <= last_n:  # it comes late, so that order tells nothing of those before
@@ -174,7 +190,7 @@ class Count:
 
     def _first_source(self, producer: int, low: int, high: int) -> str:
         row: Any = self._db.execute(
-            "SELECT source FROM _event WHERE seq BETWEEN ? AND ? AND producer = ? LIMIT 1",
+            f"{_IDS} SELECT source FROM ids WHERE producer = ?3 LIMIT 1",
             (low, high, producer),
         ).fetchone()
         return self._names[row[0]] if row[0] is not None else ""
@@ -187,8 +203,9 @@ class Count:
         if not self._has("_rows_rejected_events", "event_id", "raw_bytes"):
             return
         for producer, own_source, rule, event_id, source, cut in self._db.execute(
-            "SELECT e.producer, e.source, r.rule, r.event_id, r.source,"
-            " octet_length(r.raw) < r.raw_bytes"
+            "SELECT (SELECT b.producer FROM _batch b WHERE b.first_seq <= r.seq"
+            "  ORDER BY b.first_seq DESC LIMIT 1),"
+            " e.source, r.rule, r.event_id, r.source, octet_length(r.raw) < r.raw_bytes"
             " FROM _rows_rejected_events r JOIN _event e ON e.seq = r.seq"
             " WHERE r.seq BETWEEN ? AND ? ORDER BY r.seq",
             (first, last),
@@ -247,14 +264,16 @@ class Count:
     def _compare(self, first: int, last: int) -> None:
         """Note rows that hold another event than the journal says."""
         differing = self._db.execute(
-            "SELECT e.seq, r.token FROM temp.run r CROSS JOIN _event e ON e.seq"
-            " BETWEEN max(r.first_seq, ?1) AND min(r.last_seq, ?2)"
-            " WHERE e.producer IS NOT r.producer OR e.n IS NOT r.first_n + e.seq - r.first_seq"
+            f"{_BATCHES} SELECT e.seq, r.token FROM b CROSS JOIN temp.run r ON r.first_seq BETWEEN"
+            "  coalesce((SELECT max(first_seq) FROM temp.run WHERE first_seq <= b.first_seq),"
+            "   b.first_seq) AND b.last_seq AND r.last_seq >= b.first_seq"
+            " CROSS JOIN _event e ON e.seq"
+            "  BETWEEN max(b.first_seq, r.first_seq, ?1) AND min(b.last_seq, r.last_seq)"
+            " WHERE b.producer IS NOT r.producer"
+            "  OR b.n - b.first_seq IS NOT r.first_n - r.first_seq"
             " UNION ALL"
-            " SELECT e.seq, NULL FROM temp.opaque o CROSS JOIN _event e ON e.seq = o.seq"
-            " LEFT JOIN _name p ON p.id = e.producer"
-            " WHERE o.seq BETWEEN ?1 AND ?2"
-            " AND coalesce(p.name || '-', '') || e.n IS NOT o.event_id ORDER BY 1",
+            " SELECT e.seq, NULL FROM temp.opaque o JOIN events e ON e.seq = o.seq"
+            " WHERE o.seq BETWEEN ?1 AND ?2 AND e.event_id IS NOT o.event_id ORDER BY 1",
             (first, last),
         )
         for seq, token in differing:

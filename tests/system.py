@@ -168,3 +168,11 @@ class System:
             process.wait()
             if process.stdout is not None:
                 process.stdout.close()
+
+
+ONE_BATCH_AN_EVENT = (
+    "INSERT OR IGNORE INTO _batch SELECT e.seq, b.received_at, b.producer,"
+    " b.n + e.seq - b.first_seq FROM _event e JOIN _batch b"
+    " ON b.first_seq = (SELECT max(first_seq) FROM _batch WHERE first_seq <= e.seq)"
+)
+"""So that the id of one event can be changed: it is that of its batch."""

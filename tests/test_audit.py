@@ -23,6 +23,7 @@ from conftest import System, wait_until
 from doctors import only
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from system import ONE_BATCH_AN_EVENT
 
 from collector import vouched
 from collector.audit import Ledger, audit
@@ -487,11 +488,20 @@ def test_rows_that_hold_another_event_than_the_journal_are_told(books: Books) ->
     books.intake.take(lines("", 1, 3))
     books.intake.commit()
     books.collect()
-    books.execute("UPDATE _event SET n = CASE n WHEN 2 THEN 3 ELSE 2 END WHERE seq IN (2, 3)")
-    books.execute("UPDATE _event SET n = 'order/7' WHERE seq = 6")
+    books.execute(ONE_BATCH_AN_EVENT)
+    books.execute("UPDATE _batch SET n = 5 - n WHERE first_seq IN (2, 3)")
+    books.execute("UPDATE _batch SET n = 'order/7' WHERE first_seq = 6")
     ledger = audit(books.settings)
     assert shown(ledger) == [("differs", "2-3", 2), ("differs", "6", 1)]
     assert ledger.verdict == ("3 lost: 3 stored as another event than the journal's (seq 2-3, 6)")
+
+
+def test_database_of_an_older_version_is_brought_up_to_date_first(books: Books) -> None:
+    books.publish(TOKEN, 1)
+    books.collect()
+    books.execute("PRAGMA user_version=2")
+    with pytest.raises(DatabaseError, match="has version 2, this needs 3; start the collector"):
+        audit(books.settings)
 
 
 def test_what_the_journal_lost_is_told_until_it_is_a_gap(books: Books) -> None:

@@ -232,8 +232,8 @@ def test_second_collector_is_refused_and_the_first_one_named(collected: System) 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        ("PRAGMA user_version=0", "has version 0, this program knows 2; install"),
-        ("PRAGMA user_version=3", "has version 3, this program knows 2; install"),
+        ("PRAGMA user_version=0", "has version 0, this program knows 3; install"),
+        ("PRAGMA user_version=4", "has version 4, this program knows 3; install"),
         ("PRAGMA application_id=5", "of another program; move it aside (mv "),
     ],
 )

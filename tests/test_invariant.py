@@ -15,6 +15,7 @@ import pytest
 from conftest import System
 from invariant import Lost, Verdict, check
 from record import Record, RecordWriter
+from system import ONE_BATCH_AN_EVENT
 
 EVENTS = 10
 PUBLISH = f"""
@@ -45,6 +46,7 @@ class Finished:
         for field in ("attempted", "returned", "acked"):
             self.record[field] = EVENTS
         self.record["finished"] = self.record["flushed"] = 1
+        self.in_database(ONE_BATCH_AN_EVENT)
 
     def check(self, lost: Lost | None = None) -> Verdict:
         settings = self.settings
@@ -78,6 +80,11 @@ def test_what_is_whole_passes_and_is_counted(finished: Finished) -> None:
     assert (figures.waiting, figures.dropped, figures.duplicates, figures.holes) == (0, 0, 0, 0)
 
 
+def seq_of(n: int) -> str:
+    """SQL for where the publisher's event of that number is stored."""
+    return f"(SELECT first_seq FROM _batch WHERE n = {n})"
+
+
 FAULTS: dict[str, tuple[Callable[[Finished], Any], str]] = {
     "an acknowledged event is missing": (
         lambda f: f.record.__setitem__("acked", EVENTS + 1),
@@ -92,27 +99,35 @@ FAULTS: dict[str, tuple[Callable[[Finished], Any], str]] = {
         "events of record are stored, it published 9",
     ),
     "a row is gone": (
-        lambda f: f.in_database("DELETE FROM _event WHERE n = 5"),
+        lambda f: f.in_database("DELETE FROM _event WHERE seq = " + seq_of(5)),
         "1 seqs are missing in the database",
     ),
     "the last row is gone": (
-        lambda f: f.in_database("DELETE FROM _event WHERE n = 10"),
+        lambda f: f.in_database("DELETE FROM _event WHERE seq = " + seq_of(10)),
         "1 acknowledged events",
     ),
     "a row is there twice": (
-        lambda f: f.in_database(
-            "INSERT INTO _event (seq, type, timestamp, producer, n, data)"
-            " SELECT seq + 50, type, timestamp, producer, n, data FROM _event WHERE n = 5"
+        lambda f: (
+            f.in_database(
+                "INSERT INTO _event (seq, type, timestamp, data)"
+                f" SELECT seq + 50, type, timestamp, data FROM _event WHERE seq = {seq_of(5)}"
+            ),
+            f.in_database(
+                "INSERT INTO _batch"
+                " SELECT first_seq + 50, received_at, producer, n FROM _batch"
+                f" WHERE first_seq = {seq_of(5)}"
+            ),
         ),
         "1 ids are stored more than once",
     ),
     "two rows have changed places": (
-        lambda f: f.in_database("UPDATE _event SET n = 13 - n WHERE n IN (6, 7)"),
+        lambda f: f.in_database("UPDATE _batch SET n = 13 - n WHERE n IN (6, 7)"),
         "events of record are not in order",
     ),
     "two calls have changed places": (
         lambda f: f.in_database(
-            "UPDATE _event SET causation_id = 11 - causation_id WHERE n IN (6, 7)"
+            "UPDATE _event SET causation_id = 11 - causation_id"
+            f" WHERE seq IN ({seq_of(6)}, {seq_of(7)})"
         ),
         "calls of record are stored out of order",
     ),
@@ -151,7 +166,7 @@ def test_fault_is_seen(finished: Finished, fault: str) -> None:
 
 
 def test_gap_does_not_excuse_a_hole_elsewhere(finished: Finished) -> None:
-    finished.in_database("DELETE FROM _event WHERE n = 5")
+    finished.in_database("DELETE FROM _event WHERE seq = " + seq_of(5))
     finished.in_database("INSERT INTO _gap (first_seq, last_seq, found_at) VALUES (1, 3, 0)")
     breaches = "\n".join(finished.check(Lost(gaps=[(1, 3)])).breaches)
     assert "1 seqs are missing in the database" in breaches
@@ -183,9 +198,10 @@ def cut(finished: Finished, *, is_named: bool) -> tuple[int, int]:
         for first, until in ((hole[0], hole[0] + 9), (hole[0] + 10, hole[1])):
             finished.in_journal(f"INSERT INTO lost_range VALUES ({first}, {until}, 0.0, '', '', 1)")
     finished.in_database(
-        "INSERT INTO _event (seq, type, timestamp, n, data)"
-        f" SELECT {seq}, type, timestamp, 'behind', data FROM _event WHERE n = 5"
+        "INSERT INTO _event (seq, type, timestamp, data)"
+        f" SELECT {seq}, type, timestamp, data FROM _event WHERE seq = {seq_of(5)}"
     )
+    finished.in_database(f"INSERT INTO _batch VALUES ({seq}, 0.0, NULL, 'behind')")
     finished.in_database(
         f"INSERT INTO _gap (first_seq, last_seq, found_at) VALUES ({hole[0]}, {hole[1]}, 0)"
     )

@@ -478,11 +478,45 @@ def test_decimals_get_no_index_that_would_find_nothing(
     assert "price is stored as decimals, and gets no index" in caplog.messages[0]
 
 
-def test_database_of_version_1_is_brought_up_to_date(path: Path) -> None:
-    opened(path).close()
-    by_program(path, "PRAGMA user_version=1")
-    opened(path).close()
-    assert by_program(path, "PRAGMA user_version") == ["2"]
+VERSION_2 = """
+DROP VIEW events;
+ALTER TABLE _event ADD COLUMN producer INTEGER;
+ALTER TABLE _event ADD COLUMN n;
+UPDATE _event SET (producer, n) = (
+    SELECT producer, CASE typeof(n) WHEN 'integer' THEN n + seq - first_seq ELSE n END
+    FROM _batch WHERE first_seq <= seq ORDER BY first_seq DESC LIMIT 1);
+CREATE TABLE before AS SELECT first_seq, received_at FROM _batch WHERE received_at IS NOT
+    (SELECT b.received_at FROM _batch b WHERE b.first_seq < _batch.first_seq
+     ORDER BY b.first_seq DESC LIMIT 1);
+DROP TABLE _batch;
+CREATE TABLE _batch (first_seq INTEGER PRIMARY KEY, received_at REAL NOT NULL);
+INSERT INTO _batch SELECT * FROM before;
+DROP TABLE before;
+PRAGMA user_version={};
+"""
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_older_database_is_brought_up_to_date(path: Path, version: int) -> None:
+    store = opened(path)
+    a, b = "a" * 20, "b" * 20
+    ids = [f"{a}-1", f"{a}-2", f"{b}-7", f"{a}-3", "order/7", "order/8", f"{b}-{'9' * 19}"]
+    write(store, *(event("user_action", {}, i) for i in ids), received_at=1.0)
+    write(store, *(event("user_action", {}, f"{a}-{n}") for n in (4, 5, 7)), received_at=2.0)
+    store.record_gap(11, 19, JOURNAL, "lost")
+    store.write([Batch(20, 3.0, [event("user_action", {}, f"{a}-8")])], JOURNAL)
+    store.close()
+    stored, batches = by_apsw(path, "SELECT * FROM events"), by_apsw(path, "SELECT * FROM _batch")
+    assert [row[1] for row in stored] == [*ids, *(f"{a}-{n}" for n in (4, 5, 7, 8))]
+    by_program(path, VERSION_2.format(version))
+    assert len(by_apsw(path, "SELECT * FROM _batch")) == 3
+    store = opened(path)
+    assert by_apsw(path, "SELECT * FROM events") == stored
+    assert by_apsw(path, "SELECT * FROM _batch") == batches
+    assert by_program(path, "PRAGMA user_version") == ["3"]
+    write(store, event("user_action", {}, f"{a}-9"))
+    assert by_apsw(path, "SELECT event_id FROM events")[-1] == f"{a}-9"
+    store.close()
 
 
 def test_index_over_many_rows_is_not_sorted_in_memory(path: Path) -> None:

@@ -410,13 +410,13 @@ def test_database_of_another_program_is_left_alone(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("version", [0, 3, 99])
+@pytest.mark.parametrize("version", [0, 4, 99])
 def test_database_of_another_version_is_left_alone(tmp_path: Path, version: int) -> None:
     path = tmp_path / "events.db"
     Store(path, REGISTRY).close()
     by_program(path, f"PRAGMA user_version={version}")
     with pytest.raises(
-        DatabaseError, match=f"has version {version}, this program knows 2; install"
+        DatabaseError, match=f"has version {version}, this program knows 3; install"
     ):
         Store(path, REGISTRY)
 

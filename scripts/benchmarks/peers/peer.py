@@ -120,15 +120,11 @@ def _end_of(log: Path) -> str:
 def check(db: Path, counts: list[int], name: str) -> int:
     """How many events are stored. Raises SystemExit unless they are 1 to n of each publisher."""
     sql = "SELECT count(*), count(DISTINCT n), min(n), max(n) FROM ({}) GROUP BY producer"
+    source = (
+        "SELECT substr(event_id, 1, 20) producer, CAST(substr(event_id, 22) AS INTEGER) n"
+        " FROM events"
+    )
     with contextlib.closing(sqlite3.connect(db)) as connection:
-        tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
-        if "_event" in tables:
-            source = "SELECT producer, n FROM _event"
-        else:  # a table as most would make it: the ids as they are
-            source = (
-                "SELECT substr(event_id, 1, 20) producer, CAST(substr(event_id, 22) AS INTEGER) n"
-                " FROM events"
-            )
         found = sorted(connection.execute(sql.format(source)))
     if found != sorted((n, n, 1, n) for n in counts if n):
         raise SystemExit(f"{name}: published {counts}, stored (count, distinct, min, max) {found}")
