@@ -25,6 +25,7 @@ import parts
 import report
 import side_by_side
 import storage
+from peers.peer import check
 from running import Bench, bench
 from sizes import FULL, SHORT, Sizes
 
@@ -46,6 +47,7 @@ def end_to_end(count: int, publishers: int = 1) -> dict[str, float]:
         memory = {name: p.memory_info().rss / 1e6 for name, p in b.daemons.items()}
         cpu = {name: seconds - cpu[name] for name, seconds in b.cpu_s().items()}
         b.close()
+        check(b.db, [each + 1] * publishers, "this bus")
         return {
             "rate": count / (stored_at - started),
             "publisher_us": sum(p["cpu_s"] for p in published) / count * 1e6,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from peers import PEERS
@@ -20,9 +21,12 @@ def measure(end_to_end: Round, count: int, rounds: int) -> dict[str, Any]:
     there = [peer for peer in PEERS if peer.name not in missing]
     publishers: dict[str, list[float]] = {"1": [], str(MANY): []}
     peers: dict[str, list[float]] = {peer.name: [] for peer in there}
+    systems: list[tuple[list[float], Callable[[], dict[str, float]]]] = [
+        *((rates, partial(end_to_end, count, int(n))) for n, rates in publishers.items()),
+        *((peers[peer.name], partial(peer.run, count, 1)) for peer in there),
+    ]
     for _ in range(rounds):
-        for number, rates in publishers.items():
-            rates.append(end_to_end(count, int(number))["rate"])
-        for peer in there:
-            peers[peer.name].append(peer.run(count, 1)["rate"])
+        for rates, run in systems:
+            rates.append(run()["rate"])
+        systems.reverse()  # so that none always comes after the same other one
     return {"publishers": publishers, "peers": peers, "missing": missing}

@@ -122,7 +122,7 @@ def check(db: Path, counts: list[int], name: str) -> int:
     sql = "SELECT count(*), count(DISTINCT n), min(n), max(n) FROM ({}) GROUP BY producer"
     source = (
         "SELECT substr(event_id, 1, 20) producer, CAST(substr(event_id, 22) AS INTEGER) n"
-        " FROM events"
+        " FROM events WHERE source IS NOT 'event_bus'"
     )
     with contextlib.closing(sqlite3.connect(db)) as connection:
         found = sorted(connection.execute(sql.format(source)))
