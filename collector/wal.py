@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 MAX_WAL_BYTES = 64 << 20
-"""Without a reader it has 16 to 18 MB, in small batches and in large ones."""
+"""Without a reader it has some 33 MB."""
 
 # Bytes of the -shm file that SQLite's locks lie on (https://sqlite.org/walformat.html, 2.3.1).
 WRITE_LOCK = range(120, 121)

@@ -47,7 +47,7 @@ class FetchRequest(msgspec.Struct, omit_defaults=True, kw_only=True):
 
     from_seq: Annotated[int, Meta(ge=0)] | None = None
     from_time: float | None = None
-    max_bytes: int = 1 << 20
+    max_bytes: int = 768 << 10
     wait_ms: int = 0
     consumer: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
     stored_seq: Annotated[int, Meta(ge=0)] | None = None

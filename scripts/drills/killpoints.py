@@ -19,7 +19,7 @@ import apsw
 _KEPT: list[apsw.VFS] = []
 
 SMALL_CHECKPOINT_PAGES = 20
-"""So that checkpoints come in seconds, not after 16 MB."""
+"""So that checkpoints come in seconds, not after 32 MB."""
 
 
 @dataclass(frozen=True)
