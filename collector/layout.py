@@ -86,13 +86,14 @@ ALTER TABLE _batch ADD COLUMN n;
 CREATE TEMP TABLE numbered AS
 SELECT seq, received_at, producer, n FROM (
     SELECT e.seq, e.producer, e.n,
-        (SELECT received_at FROM _batch WHERE first_seq <= e.seq
-         ORDER BY first_seq DESC LIMIT 1) AS received_at,
-        b.first_seq IS NULL AND typeof(e.n) = 'integer'
-            AND lag(e.producer) OVER by_seq IS e.producer
-            AND lag(e.n - e.seq) OVER by_seq IS e.n - e.seq AS continues
-    FROM _event e LEFT JOIN _batch b ON b.first_seq = e.seq WINDOW by_seq AS (ORDER BY e.seq))
-WHERE NOT continues;
+        coalesce((SELECT received_at FROM _batch WHERE first_seq <= e.seq
+         ORDER BY first_seq DESC LIMIT 1), e.timestamp) AS received_at,
+        typeof(e.n) = 'integer' AND lag(e.producer) OVER by_seq IS e.producer
+            AND lag(e.n - e.seq) OVER by_seq IS e.n - e.seq
+            AND (SELECT max(first_seq) FROM _batch WHERE first_seq <= e.seq)
+                <= lag(e.seq) OVER by_seq AS continues
+    FROM _event e WINDOW by_seq AS (ORDER BY e.seq))
+WHERE continues IS NOT 1;
 INSERT OR REPLACE INTO _batch SELECT * FROM temp.numbered;
 DROP TABLE temp.numbered;
 """
@@ -193,7 +194,7 @@ def check_is_current(db: apsw.Connection, path: Path) -> None:
     if version != VERSION:
         raise DatabaseError(
             f"{path} has version {version}, this needs {VERSION}",
-            hint="start the collector: it brings the database up to date",
+            hint="start the collector again: it brings the database up to date",
         )
 
 

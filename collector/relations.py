@@ -238,7 +238,8 @@ class Relation(msgspec.Struct, frozen=True):
 _OF_BATCH = "(SELECT {} FROM _batch b WHERE b.first_seq <= e.seq ORDER BY b.first_seq DESC LIMIT 1)"
 RECEIVED_AT = _OF_BATCH.format("b.received_at")
 _EVENT_ID = _OF_BATCH.format(
-    "coalesce((SELECT name FROM _name WHERE id = b.producer) || '-', '')"
+    "CASE WHEN b.producer IS NULL THEN ''"
+    " ELSE (SELECT name FROM _name WHERE id = b.producer) || '-' END"
     " || CASE typeof(b.n) WHEN 'integer' THEN b.n + e.seq - b.first_seq ELSE b.n END"
 )
 

@@ -3,7 +3,8 @@
 Tables begin with an underscore; analysts read the views `events` and one for each event type.
 `_event` has a row for every event, and its highest seq is the collector's cursor. `_batch` has a
 row for every stretch of events that were received together and whose ids are one process's,
-counting up from `n`; an id of another form is an `n` without a producer. Texts that repeat (types,
+counting up from `n`; an id of another form is an `n` without a producer. So an event without its
+batch has no id. Texts that repeat (types,
 sources, symbols, producers) are stored once, in `_name`. `_gap` has the ranges of seq that were
 gone from the journal before they could be stored, and why. `_opening` has a row for each time that
 the collector opened the database.
@@ -289,6 +290,7 @@ class Store:
                 done = starts[-1] + size
 
     def _write_ids(self, first_seq: int, received_at: float, ids: list[str]) -> None:
+        """A row for every stretch of ids that count up."""
         stretches = []
         token: str | None = None
         n: int | str = 0
@@ -458,6 +460,8 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _split_id(event_id: str) -> tuple[str | None, int | str]:
+    """The producer's token and n, as text from 19 digits on: SQLite has no more; of a foreign id
+    None and the id itself."""
     token, tail = event_id[:20], event_id[21:]
     if event_id[20:21] == "-" and tail.isascii() and tail.isdigit() and tail[0] != "0":
         return token, int(tail) if len(tail) < 19 else tail

@@ -22,14 +22,17 @@ MAX_FAULTS = 1_000
 _NUMBERED = "typeof(n) = 'integer'"
 """A foreign id may end in more digits than SQLite has integers."""
 
-# The batches from seq ?1 to ?2.
+# The batches from seq ?1 to ?2; of events before the first one's nobody knows the ids.
 _BATCHES = """
 WITH b AS (
     SELECT first_seq, lead(first_seq, 1, ?2 + 1) OVER (ORDER BY first_seq) - 1 AS last_seq,
         producer, n
-    FROM _batch
-    WHERE first_seq BETWEEN
-        coalesce((SELECT max(first_seq) FROM _batch WHERE first_seq <= ?1), ?1) AND ?2)
+    FROM (
+        SELECT first_seq, producer, n FROM _batch
+        WHERE first_seq BETWEEN
+            coalesce((SELECT max(first_seq) FROM _batch WHERE first_seq <= ?1), ?1) AND ?2
+        UNION ALL
+        SELECT ?1, NULL, NULL WHERE NOT EXISTS (SELECT 1 FROM _batch WHERE first_seq <= ?1)))
 """
 # And their events, as `ids`.
 _IDS = f"""
@@ -272,7 +275,7 @@ class Count:
             " WHERE b.producer IS NOT r.producer"
             "  OR b.n - b.first_seq IS NOT r.first_n - r.first_seq"
             " UNION ALL"
-            " SELECT e.seq, NULL FROM temp.opaque o JOIN events e ON e.seq = o.seq"
+            " SELECT e.seq, NULL FROM temp.opaque o CROSS JOIN events e ON e.seq = o.seq"
             " WHERE o.seq BETWEEN ?1 AND ?2 AND e.event_id IS NOT o.event_id ORDER BY 1",
             (first, last),
         )

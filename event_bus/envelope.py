@@ -106,7 +106,8 @@ def decode_canonical(batch: bytes) -> list[Envelope] | None:
     None is no verdict: such a batch goes line by line through `read`. What comes back needs no
     further check of the envelope: a line equal to its own re-encoding has no repeated key, no
     NaN and no unknown field. Integers and depth are bounded by the type that is decoded, or looked
-    at value by value in a batch with an event that this type does not allow.
+    at value by value in a batch with an event that this type does not allow. They are of a subclass
+    then: it is their encodings that compare.
     """
     try:
         try:
@@ -129,7 +130,7 @@ def is_plain(payload: bytes) -> bool:
     disguise. False is no verdict."""
     try:
         return encode(_decode_plain(payload)) == payload
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return False
 
 

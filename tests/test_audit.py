@@ -496,6 +496,29 @@ def test_rows_that_hold_another_event_than_the_journal_are_told(books: Books) ->
     assert ledger.verdict == ("3 lost: 3 stored as another event than the journal's (seq 2-3, 6)")
 
 
+def test_rows_whose_batch_is_gone_are_told(books: Books) -> None:
+    books.publish(TOKEN, 4)
+    books.collect()
+    books.publish(TOKEN, 4)
+    books.collect()
+    books.execute("DELETE FROM _batch WHERE first_seq = 1")
+    ledger = audit(books.settings)
+    assert shown(ledger)[0] == ("differs", "1-4", 4)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4])
+def test_stretch_of_ids_is_counted_in_pieces(
+    books: Books, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr("collector.tally.CHUNK_EVENTS", chunk)
+    books.publish(TOKEN, 10)
+    books.collect()
+    books.execute("DELETE FROM _event WHERE seq = 6")
+    ledger = audit(books.settings)
+    assert shown(ledger) == [("hole", "6", 1)]
+    assert (ledger.stored, ledger.lost) == (9, 1)
+
+
 def test_database_of_an_older_version_is_brought_up_to_date_first(books: Books) -> None:
     books.publish(TOKEN, 1)
     books.collect()

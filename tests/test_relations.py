@@ -519,6 +519,26 @@ def test_older_database_is_brought_up_to_date(path: Path, version: int) -> None:
     store.close()
 
 
+def test_ids_behind_a_missing_event_are_brought_over_too(path: Path) -> None:
+    store = opened(path)
+    for n in (1, 4):
+        ids = [f"{'a' * 20}-{n + i}" for i in range(3)]
+        write(store, *(event("user_action", {}, i) for i in ids), received_at=float(n))
+    store.close()
+    by_program(path, VERSION_2.format(2) + "DELETE FROM _event WHERE seq = 4")
+    opened(path).close()
+    ids = by_program(path, "SELECT event_id, received_at FROM events")
+    assert ids == [f"{'a' * 20}-{n}|{1.0 if n < 4 else 4.0}" for n in (1, 2, 3, 5, 6)]
+
+
+def test_event_whose_producer_is_not_known_any_more_has_no_id(path: Path) -> None:
+    store = opened(path)
+    write(store, event("user_action", {}, f"{'a' * 20}-1"))
+    store.close()
+    by_program(path, f"DELETE FROM _name WHERE name = '{'a' * 20}'")
+    assert by_apsw(path, "SELECT event_id FROM events") == [None]
+
+
 def test_index_over_many_rows_is_not_sorted_in_memory(path: Path) -> None:
     store = opened(path)
     assert store._db.execute("PRAGMA temp_store").fetchall() == [(2,)]

@@ -16,7 +16,6 @@ from collector.store import Store
 from event_bus import envelope
 from event_bus.envelope import Envelope
 from event_bus.event_schema import Registry
-from event_bus.memory import collect_rarely
 from event_bus.subscriber import Batch
 
 BATCH = 4_000
@@ -48,7 +47,6 @@ def store_alone(count: int) -> float:
     pool = [
         envelope.decode_lines(b"\n".join(lines[i : i + BATCH])) for i in range(0, len(lines), BATCH)
     ]
-    collect_rarely()
     with tempfile.TemporaryDirectory(prefix="bitten-bench-") as directory:
         store = Store(Path(directory) / "bitten_events.db", Registry())
         seq, elapsed = 1, 0.0

@@ -85,7 +85,7 @@ class Target:
             db.executemany(relation.insert_sql(), zip(seqs, *columns, strict=True))
         for at, document in enumerate(datas):
             exact = json.dumps(document) if at in misfits else None
-            event = (at + 1, 1, 0.0, None, None, None, None, None, str(at + 1), exact)
+            event = (at + 1, 1, 0.0, None, None, None, None, exact)
             values = [column[at] for column in columns] if inline else []
             db.execute(layout.insert_event_sql(inline), (*event, *values))
         read = [json.loads(row[0]) for row in db.execute("SELECT data FROM events ORDER BY seq")]
