@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 BUSY_TIMEOUT_MS = 500
 """Short, because nothing else happens meanwhile, a stop included; the caller tries again."""
 
-CACHE_KIB = 8_000
+CACHE_KIB = 7_000
 MAX_CACHED_NAMES = 50_000
 COPIED_PAGES = 2_000
 BLOCKS = 500, 50, 1
