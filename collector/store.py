@@ -4,10 +4,9 @@ Tables begin with an underscore; analysts read the views `events` and one for ea
 `_event` has a row for every event, and its highest seq is the collector's cursor. `_batch` has a
 row for every stretch of events that were received together and whose ids are one process's,
 counting up from `n`; an id of another form is an `n` without a producer. So an event without its
-batch has no id. Texts that repeat (types,
-sources, symbols, producers) are stored once, in `_name`. `_gap` has the ranges of seq that were
-gone from the journal before they could be stored, and why. `_opening` has a row for each time that
-the collector opened the database.
+batch has no id. Texts that repeat (types, sources, symbols, producers) are stored once, in `_name`.
+`_gap` has the ranges of seq that were gone from the journal before they could be stored, and why.
+`_opening` has a row for each time that the collector opened the database.
 """
 
 from __future__ import annotations

@@ -105,9 +105,8 @@ def decode_canonical(batch: bytes) -> list[Envelope] | None:
 
     None is no verdict: such a batch goes line by line through `read`. What comes back needs no
     further check of the envelope: a line equal to its own re-encoding has no repeated key, no
-    NaN and no unknown field. Integers and depth are bounded by the type that is decoded, or looked
-    at value by value in a batch with an event that this type does not allow. They are of a subclass
-    then: it is their encodings that compare.
+    NaN and no unknown field. Integers and depth are bounded by the type that is decoded, a subclass
+    of Envelope, or looked at value by value in a batch with an event that this type does not allow.
     """
     try:
         try:

@@ -225,8 +225,8 @@ def main() -> None:
     if options.earlier:
         results = json.loads(options.earlier.read_text(encoding="utf-8"))
     else:
-        # The daemons that are measured end with this process, whoever ends it.
         collect_rarely()  # what the parts can do alone is measured here
+        # The daemons that are measured end with this process, whoever ends it.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         sizes = SHORT if options.short else FULL
         given = {"events": options.events, "rounds": options.rounds}
