@@ -15,6 +15,7 @@ from test_store import JOURNAL, REGISTRY, by_apsw, by_program, event, tick, writ
 
 from collector import layout
 from collector.columns import rows
+from collector.learning import Learning
 from collector.relations import MAX_COLUMNS, MAX_INLINE_COLUMNS, Relation
 from collector.store import Store
 from event_bus.errors import SchemaError
@@ -539,12 +540,16 @@ def test_event_whose_producer_is_not_known_any_more_has_no_id(path: Path) -> Non
     assert by_apsw(path, "SELECT event_id FROM events") == [None]
 
 
-def test_index_over_many_rows_is_not_sorted_in_memory(path: Path) -> None:
+def test_index_over_many_rows_is_not_sorted_in_memory(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = opened(path)
     assert store._db.execute("PRAGMA temp_store").fetchall() == [(2,)]
     seen: list[Any] = []
-    store._learn_type = lambda *_: seen.append(  # type: ignore[method-assign]
-        store._db.execute("PRAGMA temp_store").fetchall()
+    monkeypatch.setattr(
+        Learning,
+        "_learn_type",
+        lambda *_: seen.append(store._db.execute("PRAGMA temp_store").fetchall()),
     )
     store.learn(REGISTRY)
     assert set(map(tuple, seen)) == {((1,),)}

@@ -17,8 +17,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from collector import inspection, wal
-from collector import store as store_module
+from collector import inspection, learning, wal
 from collector.store import Store
 from event_bus.envelope import Envelope, decode_lines, encode_lines
 from event_bus.errors import (
@@ -372,7 +371,7 @@ def test_what_is_stored_counts_as_synced_only_after_a_sync_that_succeeded(store:
 def test_names_beyond_the_cache_are_still_right(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "MAX_CACHED_NAMES", 5)
+    monkeypatch.setattr(learning, "MAX_CACHED_NAMES", 5)
     symbols = [f"S{i % 9}" for i in range(50)]
     for part in (symbols[:25], symbols[25:]):
         write(store, *[event("market_data", tick(symbol=s).data, source=None) for s in part])
